@@ -1,0 +1,39 @@
+# From nothing but Python >= 3.11 and make: each command sets up .venv by itself, once.
+.DEFAULT_GOAL := help
+.PHONY: help figures test notebooks lab lint clean
+
+PROFILE = digits
+PY := .venv/bin/python
+
+figures: .venv/ready
+	@$(PY) -m faithkd.cli run --profile '$(PROFILE)' $(foreach s,$(SET),--set '$(s)') \
+	    $(foreach n,$(ONLY),--only '$(n)') $(if $(RETRAIN),--retrain)
+
+test: .venv/ready
+	@sh .ci/checks
+
+notebooks: .venv/ready
+	@$(PY) -m faithkd.cli notebooks refresh $(ONLY)
+
+lab: .venv/ready
+	@$(PY) -m jupyter lab notebooks
+
+lint: .venv/ready
+	@$(PY) -m ruff check $(if $(FIX),--fix) . && $(PY) -m ruff format $(if $(FIX),,--check) .
+
+# Made anew when the dependencies change; the marker is written last, so a killed installation starts again.
+.venv/ready: pyproject.toml .ci/environment
+	@sh .ci/environment
+
+# Finished work in .store/ and runs/ stays.
+clean:
+	rm -rf .venv
+
+help:
+	@echo 'make figures [PROFILE=digits] [SET="train.epochs=2 data.test_images=100"] [ONLY="08 09"] [RETRAIN=1]'
+	@echo '    all tables and figures, to figures/PROFILE/; PROFILE is one of' $(sort $(basename $(notdir $(wildcard params/*.yaml))))
+	@echo 'make lab          the notebooks in JupyterLab'
+	@echo 'make test         lint, unit tests, notebooks, everything from an empty store, the browser'
+	@echo 'make notebooks    execute the committed notebooks again after a change'
+	@echo 'make lint [FIX=1] ruff over code and notebooks'
+	@echo 'Each creates .venv first, once (about 6 GB with CUDA libraries; with TORCH=cpu about 1.5 GB).'

@@ -1,0 +1,87 @@
+"""One projected gradient ascent, eq. (2), for training, robust accuracy, agreement and EmpLB alike."""
+
+from collections.abc import Callable
+
+import torch
+
+Clip = tuple[torch.Tensor, torch.Tensor]
+
+
+def ball(x: torch.Tensor, eps: float, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Corners of B_ε(x) = {x' : ‖x' − x‖∞ ≤ ε}, Def. 2, rounded inwards, as tensors like `x`.
+
+    The corners are rounded towards `x`, so that a point between them lies in the ball in exact arithmetic: a witness
+    of EmpLB may never profit from a rounding error. `clip` = (low, high) intersects the ball with valid inputs.
+    """
+    exact = x.double()
+    lower, upper = (exact - eps).to(x.dtype), (exact + eps).to(x.dtype)
+    lower = torch.where(lower.double() < exact - eps, torch.nextafter(lower, x), lower)
+    upper = torch.where(upper.double() > exact + eps, torch.nextafter(upper, x), upper)
+    if clip is not None:
+        lower, upper = torch.maximum(lower, clip[0].to(x)), torch.minimum(upper, clip[1].to(x))
+    return lower, upper
+
+
+def random_start(lower: torch.Tensor, upper: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A uniformly random point of the box. Drawn on the CPU, so that every device starts from the same point."""
+    share = torch.rand(lower.shape, generator=generator, dtype=lower.dtype).to(lower.device)
+    return torch.clamp(lower + share * (upper - lower), lower, upper)
+
+
+def ascend(
+    objective: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    eps: float,
+    *,
+    steps: int,
+    step_size: float,
+    generator: torch.Generator,
+    clip: Clip | None = None,
+) -> torch.Tensor:
+    """Last iterate of x^{t+1} = Π_S(x^t + η sgn ∇L(x^t)) from a random start, eq. (2).
+
+    `objective` maps (N, *shape) to one value per image (N,). This is the inner maximisation of training, eq. (3),
+    where only the end point counts. Source: Madry et al. (2018).
+    """
+    lower, upper = x - eps, x + eps
+    if clip is not None:
+        lower, upper = torch.maximum(lower, clip[0].to(x)), torch.minimum(upper, clip[1].to(x))
+    z = random_start(lower, upper, generator)
+    for _ in range(steps):
+        z.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(objective(z).sum(), z)
+        z = torch.clamp(z.detach().add_(gradient.sign(), alpha=step_size), lower, upper)
+    return z
+
+
+def search(
+    objective: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    x: torch.Tensor,
+    eps: float,
+    *,
+    steps: int,
+    step_size: float,
+    restarts: int,
+    generator: torch.Generator,
+    clip: Clip | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best point met on `restarts` runs of eq. (2): (witnesses (N, *shape), their scores (N,)).
+
+    `objective` maps (N, *shape) to (loss, score), each (N,): the ascent follows the loss, the best point is judged by
+    the score (for EmpLB the two are the same; for an attack the score says whether it has succeeded). The image
+    itself and every iterate compete, so more steps, seeds or a larger ball only ever add candidates.
+    """
+    lower, upper = ball(x, eps, clip)
+    best, best_score = x.clone(), objective(x)[1].detach()
+    for _ in range(restarts):
+        z = random_start(lower, upper, generator)
+        for step in range(steps + 1):
+            z.requires_grad_(step < steps)
+            loss, score = objective(z)
+            score, point = score.detach(), z.detach()
+            better = score > best_score
+            best[better], best_score[better] = point[better], score[better]
+            if step < steps:
+                (gradient,) = torch.autograd.grad(loss.sum(), z)
+                z = torch.clamp(point + step_size * gradient.sign(), lower, upper)
+    return best, best_score

@@ -1,0 +1,237 @@
+"""What the bounds are computed on: a checked float64 copy of a network, and the ball around each image.
+
+Every layer is used here as the plain mathematical map it stands for, in exact terms: a convolution is zero padding
+followed by a linear map, max-pooling is a maximum over windows of indices. What cannot be read that way is refused.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from faithkd.errors import FaithkdError
+
+AFFINE = (nn.Linear, nn.Conv2d)
+LAYERS = (*AFFINE, nn.ReLU, nn.MaxPool2d, nn.Flatten)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Layers in float64 and, for each, the shape of its input: `shapes[k]` goes into `layers[k]`, `shapes[-1]` is `(C,)`."""
+
+    layers: tuple[nn.Module, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def classes(self) -> int:
+        return self.shapes[-1][0]
+
+
+def flatten(sequential: nn.Sequential, name: str, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """The layers of a (nested) `nn.Sequential` in order, each with its position such as `2.0`."""
+    if not isinstance(sequential, nn.Sequential) or type(sequential).forward is not nn.Sequential.forward:
+        raise FaithkdError(
+            f"{name} is a {type(sequential).__name__}; bounds need a torch.nn.Sequential of "
+            f"{', '.join(layer.__name__ for layer in LAYERS)} that returns logits"
+        )
+    refuse_hooks(sequential, name)
+    found = []
+    # not .children(): that leaves out a module object that is used twice
+    for key, module in sequential._modules.items():
+        position = f"{prefix}{key}"
+        if isinstance(module, nn.Sequential):
+            found += flatten(module, f"{name}, layer {position}", f"{position}.")
+        else:
+            found.append((position, module))
+    return found
+
+
+def refuse_hooks(module: nn.Module, where: str) -> None:
+    """A hook may change what a layer computes (pruning, old weight norm), so its weights alone say nothing certain."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise FaithkdError(f"{where}: a forward hook changes this layer; remove it before asking for a bound")
+
+
+def check_layer(module: nn.Module, where: str) -> None:
+    """Refuse, with its position and class, every layer the bounds do not know."""
+    if type(module) not in LAYERS:
+        hint = (
+            " (leave it out: it does nothing in evaluation)"
+            if isinstance(module, nn.Identity | nn.Dropout)
+            else ""
+        )
+        raise FaithkdError(
+            f"{where} is a {type(module).__name__}, which cannot be bounded{hint}; "
+            f"known layers: {', '.join(layer.__name__ for layer in LAYERS)}"
+        )
+    refuse_hooks(module, where)
+    for kind, weight in module.named_parameters():
+        if not weight.is_floating_point():
+            raise FaithkdError(
+                f"{where}: the {kind} is of type {weight.dtype}, not a real floating-point number"
+            )
+        if not torch.isfinite(weight).all():
+            raise FaithkdError(f"{where}: the {kind} holds NaN or infinity; train or load the network again")
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        raise FaithkdError(f"{where}: padding_mode={module.padding_mode!r} is not supported, only 'zeros'")
+    if isinstance(module, nn.MaxPool2d) and (module.ceil_mode or module.return_indices):
+        raise FaithkdError(f"{where}: MaxPool2d with ceil_mode or return_indices is not supported")
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
+        raise FaithkdError(
+            f"{where}: Flatten must have start_dim=1, end_dim=-1 (all of an image, nothing of the batch)"
+        )
+
+
+def prepare(network: nn.Sequential, shape: tuple[int, ...], name: str = "network") -> Network:
+    """Check `network` for images of `shape` and copy it to float64 on the CPU; the caller's network is left as it is.
+
+    Raises FaithkdError for anything that cannot be bounded, with the layer's position.
+    """
+    layers, shapes = [], [tuple(shape)]
+    for position, module in flatten(network, name):
+        where = f"{name}, layer {position}"
+        check_layer(module, where)
+        layer = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval().requires_grad_(False)
+        shapes.append(output_shape(layer, shapes[-1], where))
+        layers.append(layer)
+    if len(shapes[-1]) != 1 or shapes[-1][0] < 2:
+        raise FaithkdError(
+            f"{name} returns {('N', *shapes[-1])} for images of shape {tuple(shape)}; "
+            "bounds need logits of shape (N, C) with C >= 2 classes"
+        )
+    return Network(tuple(layers), tuple(shapes))
+
+
+def output_shape(layer: nn.Module, shape: tuple[int, ...], where: str) -> tuple[int, ...]:
+    """Shape of one image after `layer`, or an error that says what did not fit."""
+    wanted = {nn.Linear: 1, nn.Conv2d: 3, nn.MaxPool2d: 3}.get(type(layer))
+    if wanted is not None and len(shape) != wanted:
+        kind = "a flat vector (put nn.Flatten() before it)" if wanted == 1 else "(channels, height, width)"
+        raise FaithkdError(
+            f"{where}: {type(layer).__name__} needs {kind}, but gets an input of shape {shape}"
+        )
+    try:
+        after = tuple(forward(layer, torch.zeros(1, *shape, dtype=torch.float64)).shape[1:])
+    except RuntimeError as problem:
+        raise FaithkdError(f"{where}: {layer} does not fit an input of shape {shape}: {problem}") from problem
+    if math.prod(after) == 0:
+        raise FaithkdError(f"{where}: {layer} leaves nothing of an input of shape {shape}")
+    if isinstance(layer, nn.MaxPool2d) and (windows(layer, shape) < 0).all(dim=0).any():
+        raise FaithkdError(f"{where}: a window of {layer} covers only padding, its maximum is -infinity")
+    return after
+
+
+def prepare_pair(teacher: nn.Sequential, student: nn.Sequential, x: Tensor) -> tuple[Network, Network]:
+    """Both networks checked for the images `x` `(N, *shape)` and against each other."""
+    shape = tuple(x.shape[1:])
+    pair = prepare(teacher, shape, "teacher"), prepare(student, shape, "student")
+    if pair[0].classes != pair[1].classes:
+        raise FaithkdError(
+            f"the teacher has {pair[0].classes} classes and the student {pair[1].classes}; they must agree"
+        )
+    return pair
+
+
+def check_images(x: Tensor) -> Tensor:
+    """The images as float64 on the CPU, all finite, `(N, *shape)`."""
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise FaithkdError(f"x must be a real torch.Tensor of shape (N, *image), not {type(x).__name__}")
+    if x.ndim < 2:
+        raise FaithkdError(f"x has shape {tuple(x.shape)}; give a batch (N, *image), for one image x[None]")
+    x = x.detach().to(device="cpu", dtype=torch.float64)
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
+        raise FaithkdError(f"x holds NaN or infinity, first in image {bad}")
+    return x
+
+
+def ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
+    """Ends of the ball B_eps(x) of Def. 2, each one ulp outwards: two tensors like `x`.
+
+    `clip=(low, high)`, broadcastable to `x`, cuts the ball to the range of valid images. An image that leaves that range
+    by no more than rounding keeps its own point; one that leaves it further is an error.
+    """
+    try:
+        eps = float(eps)
+    except (TypeError, ValueError) as problem:
+        raise FaithkdError(f"eps must be one number, not {eps!r}") from problem
+    if not 0 <= eps < math.inf:
+        raise FaithkdError(f"eps must be a finite number >= 0, not {eps}")
+    infinity = torch.full_like(x, math.inf)
+    lower, upper = torch.nextafter(x - eps, -infinity), torch.nextafter(x + eps, infinity)
+    if clip is None:
+        return lower, upper
+    try:
+        low, high = (
+            torch.as_tensor(end, dtype=torch.float64, device="cpu").broadcast_to(x.shape) for end in clip
+        )
+    except (RuntimeError, TypeError, ValueError) as problem:
+        raise FaithkdError(
+            f"clip must be (low, high), each broadcastable to x of shape {tuple(x.shape)}"
+        ) from problem
+    # images are made in float32, so their values may lie a few of its roundings outside the range
+    room = 1e-5 * (1 + x.abs())
+    if not ((low - room <= x) & (x <= high + room)).all():
+        raise FaithkdError(
+            "x lies outside clip=(low, high), or clip holds NaN; are both in the networks' input space?"
+        )
+    return torch.maximum(lower, torch.minimum(low, x)), torch.minimum(upper, torch.maximum(high, x))
+
+
+def padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Zeros put left, right, above and below by a convolution, with 'same' and 'valid' worked out."""
+    if conv.padding == "valid":
+        return 0, 0, 0, 0
+    sides = []
+    for axis in (1, 0):
+        if conv.padding == "same":
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [conv.padding[axis]] * 2
+    return tuple(sides)
+
+
+def affine(layer: nn.Module, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`layer`'s map with other weights, e.g. their absolute values: `(N, *in)` to `(N, *out)`."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(z, weight, bias)
+    return F.conv2d(F.pad(z, padding(layer)), weight, bias, layer.stride, 0, layer.dilation, layer.groups)
+
+
+def forward(layer: nn.Module, z: Tensor) -> Tensor:
+    """One layer's output, computed as the bounds understand the layer."""
+    return affine(layer, z, layer.weight, layer.bias) if isinstance(layer, AFFINE) else layer(z)
+
+
+def transpose(layer: nn.Module, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Rows on an affine layer's output as rows on its input of `shape`: `(M, *out)` to `(M, *shape)`."""
+    if isinstance(layer, nn.Linear):
+        return rows @ layer.weight
+    left, right, top, bottom = padding(layer)
+    channels, height, width = shape
+    padded = (len(rows), channels, height + top + bottom, width + left + right)
+    grad = torch.nn.grad.conv2d_input(
+        padded, layer.weight, rows, layer.stride, 0, layer.dilation, layer.groups
+    )
+    return grad[:, :, top : top + height, left : left + width]
+
+
+def windows(pool: nn.MaxPool2d, shape: tuple[int, ...]) -> Tensor:
+    """For each output place of a max-pool the flat places (row * width + column) in its window; -1 is padding.
+
+    `(window size, output places)`, the same for all channels.
+    """
+    _, height, width = shape
+
+    def pair(size):
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    down, across = pair(pool.padding)
+    places = torch.arange(height * width, dtype=torch.float64).view(1, 1, height, width)
+    places = F.pad(places, (across, across, down, down), value=-1)
+    found = F.unfold(places, pair(pool.kernel_size), pair(pool.dilation), 0, pair(pool.stride))
+    return found[0].long()

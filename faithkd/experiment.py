@@ -1,0 +1,369 @@
+"""The paper's experiments: what the notebooks call. Each loads what is in the store and makes what is not."""
+
+import ast
+import hashlib
+import inspect
+from textwrap import dedent
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from faithkd import data, evaluation, losses, models, store, training
+from faithkd.attacks import search
+from faithkd.bounds import faithfulness_upper_bound
+from faithkd.data import Split
+from faithkd.losses import METHODS
+from faithkd.paper import STUDENTS
+from faithkd.params import Params, Ratio
+
+# Raise when a change to attacks, evaluation or bounds alters the measured numbers: part of every measurement's key.
+MEASURE = 1
+
+# Networks this small run faster on one thread, and their sums come out the same whatever else the machine does.
+torch.set_num_threads(1)
+
+
+def reseeded(p: Params, add: int) -> Params:
+    """The same parameters with everything drawn anew: the seed raised by `add`."""
+    return p.model_copy(update={"seed": p.seed + add})
+
+
+def device(p: Params) -> str:
+    """Where to train: `p.device`, with "auto" a GPU where there is one, else the CPU."""
+    return p.device if p.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def teacher(p: Params) -> nn.Sequential:
+    """The robust teacher f_RT, trained adversarially by eq. (3), §A."""
+    return trained(p, "RT")[0]
+
+
+def student(p: Params, method: str, alpha: float | None = None) -> nn.Sequential:
+    """The student that `method` (one of SD, ARD, RSLAD, FD: eqs 1, 4, 5, 12) distils from the teacher of `p`.
+
+    `alpha` replaces the loss weighting α of the parameters (Table 5).
+    """
+    return trained(p, method, alpha)[0]
+
+
+def history(p: Params, method: str) -> pd.DataFrame:
+    """Loss, learning rate, held-out accuracy and robust accuracy after each epoch, for "RT" or a student."""
+    return trained(p, method)[1]
+
+
+def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequential, pd.DataFrame]:
+    """A network, "RT" or a student's method, and the history of its training: found in the store, or trained."""
+    settings = getattr(p.train, method, None)
+    if settings is None or method not in ("RT", *METHODS):
+        raise ValueError(f"no settings for {method!r} in the parameters; there are RT, {', '.join(METHODS)}")
+    if alpha is not None:
+        settings = settings.model_copy(update={"alpha": Ratio(alpha)})
+    architecture = p.models.teacher if method == "RT" else p.models.student
+    shape = data.SHAPES[p.data.name]
+    guide = None if method == "RT" else teacher(p)
+
+    def make() -> nn.Sequential:
+        return models.build(architecture, shape, seed=p.seed)
+
+    def build(checkpoint):
+        return training.fit(
+            make(),
+            guide,
+            data.training(p),
+            data.test(p) if p.train.early_stopping == "test" else data.validation(p),
+            settings,
+            p.train,
+            method=METHODS.get(method),
+            seed=p.seed,
+            device=device(p),
+            clip=data.clip_range(p),
+            checkpoint=checkpoint,
+            description=f"{p.profile}: training {_label(method, alpha)}",
+        )
+
+    depends = {
+        "recipe": training.RECIPE,
+        "code": _code(method),
+        "method": method,
+        "seed": p.seed,
+        "data": p.data.model_dump(mode="json", exclude={"test_images"}),
+        "architecture": architecture.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
+        "schedule": p.train.model_dump(mode="json", exclude={"RT", *METHODS}),
+        "teacher": guide and fingerprint(guide),
+    }
+    name = f"{p.data.name}-{_label(method, alpha)}-seed{p.seed}"
+    return store.network("network", depends, build, make, name=name)
+
+
+def robustness(p: Params) -> pd.DataFrame:
+    """Per image: `robust` (does PGD fail, eq. 2) and `agrees` with the teacher (eqs 13–14), for ε = 0 and every ε.
+
+    One row per (dataset, eps, method, image), method RT included: what Table 1 averages.
+    """
+    images, guide = data.test_subset(p), teacher(p)
+    work = [(eps, method) for eps in ("0", *p.evaluate.eps) for method in ("RT", *STUDENTS)]
+    parts = []
+    for eps, method in _progress(work, f"{p.profile}: robustness and agreement"):
+        network = guide if method == "RT" else student(p, method)
+        part = store.table(
+            "robustness",
+            _depends(p, images, float(eps), guide, network) | {"restarts": 1},
+            lambda network=network, eps=eps: _robustness(p, images, float(eps), guide, network),
+            name=f"{p.data.name}-{method}-{str(eps).replace('/', '-')}",
+        )
+        parts.append(_named(p, part, images, eps=str(eps), method=method))
+    return pd.concat(parts, ignore_index=True)
+
+
+def faithfulness(p: Params, alphas: bool = False) -> pd.DataFrame:
+    """Per image: EmpLB (§4.1), FaithUB (§4.2, eqs 8–11) and the status of its certificate, for every ε.
+
+    One row per (dataset, eps, method, image): what Table 2 averages and figs 2–3 draw. With `alphas` the students
+    are FD at each α of `p.ablation.alpha` instead, in a column `alpha` (Table 5). EmpLB ≤ FaithUB is checked.
+    """
+    images, guide = data.test_subset(p), teacher(p)
+    students = [("FD", alpha) for alpha in p.ablation.alpha] if alphas else [(m, None) for m in STUDENTS]
+    work = [(eps, method, alpha) for eps in p.evaluate.eps for method, alpha in students]
+    parts = []
+    for eps, method, alpha in _progress(work, f"{p.profile}: EmpLB and FaithUB"):
+        network = student(p, method, None if alpha is None else float(alpha))
+        part = bracket(p, guide, network, images, float(eps))
+        names = {"eps": str(eps), "method": method} | ({} if alpha is None else {"alpha": float(alpha)})
+        parts.append(_named(p, part, images, **names))
+    return pd.concat(parts, ignore_index=True)
+
+
+def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
+    """EmpLB ≤ δ* ≤ FaithUB for any pair of networks on any images: columns EmpLB, FaithUB, status (N rows)."""
+    depends = _depends(p, images, eps, guide, network)
+    lower = store.table(
+        "emp_lb",
+        depends | {"restarts": p.evaluate.restarts},
+        lambda: pd.DataFrame({"EmpLB": lower_bound(p, guide, network, images, eps).values}),
+    )
+    upper = store.table(
+        "faith_ub",
+        depends | {"bounds": p.bounds.model_dump(mode="json", exclude={"lp_images", "milp_images"})},
+        lambda: _upper_bound(p, guide, network, images, eps),
+    )
+    both = pd.concat([lower, upper], axis=1)
+    # Written so that a NaN fails; 1e-12 is the rounding error of evaluating the lower bound itself in float64.
+    if not (both["EmpLB"] <= both["FaithUB"] + 1e-12).all():
+        raise AssertionError(f"EmpLB > FaithUB at ε = {eps}: a bound is wrong, please report it\n{both}")
+    return both
+
+
+def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float, steps: int | None = None):
+    """EmpLB (§4.1) with the parameters' attack: 50 steps of 2.5ε/50 and 5 restarts unless they say otherwise."""
+    return evaluation.empirical_lower_bound(
+        guide,
+        network,
+        images.x,
+        float(eps),
+        steps=steps or p.evaluate.steps,
+        restarts=p.evaluate.restarts,
+        seed=p.seed,
+        step_factor=float(p.evaluate.step_factor),
+        clip=data.clip_range(p),
+    )
+
+
+def pgd_steps(p: Params) -> pd.DataFrame:
+    """EmpLB by number of PGD steps for RSLAD and FD on every test image, at `table3.eps`: what Table 3 samples.
+
+    One row per (method, steps, image).
+    """
+    images, guide, eps = data.test_subset(p), teacher(p), float(p.evaluate.table3.eps)
+    work = [(method, steps) for method in ("RSLAD", "FD") for steps in p.evaluate.table3.steps]
+    parts = []
+    for method, steps in _progress(work, f"{p.profile}: EmpLB by PGD steps"):
+        network = student(p, method)
+        part = store.table(
+            "emp_lb",
+            _depends(p, images, eps, guide, network) | {"restarts": p.evaluate.restarts, "steps": steps},
+            lambda network=network, steps=steps: pd.DataFrame(
+                {"EmpLB": lower_bound(p, guide, network, images, eps, steps).values}
+            ),
+        )
+        parts.append(_named(p, part, images, method=method, steps=steps))
+    return pd.concat(parts, ignore_index=True)
+
+
+def heat_map(p: Params) -> tuple[pd.DataFrame, dict]:
+    """Fig. 1: ‖f_RT − f_s‖∞ for SD and FD on a plane through an image x, x₁ and x₂, found by search.
+
+    x₁ is an adversarial disagreement example (Def. 1) of SD; at x₂ SD and the teacher predict the same class with
+    very different confidence. The image is, of those in the test subset which all three networks classify correctly,
+    the one with the largest difference at x₁, preferring images on which FD has no disagreement. Returns a frame
+    with columns panel, a, b (coordinates along x₁ − x and orthogonally to it, in units of ε), inside (is the point in
+    B_ε(x)), difference, disagree; and a dict with `x`, `x1`, `x2` (1, *shape), their coordinates, and the image's row.
+    """
+    images, guide = data.test_subset(p), teacher(p)
+    students = {method: student(p, method) for method in ("SD", "FD")}
+    eps = float(p.evaluate.figure1.eps)
+    options = _attack_options(p) | {"restarts": p.evaluate.restarts}
+    found = evaluation.agreement(guide, students["SD"], images.x, eps, **options)
+    calm = evaluation.agreement(guide, students["FD"], images.x, eps, **options)
+    right = torch.stack([evaluation.predictions(n, images.x) == images.y for n in (guide, *students.values())]).all(0)
+    with torch.no_grad():
+        difference = evaluation.confidence_difference(guide, students["SD"], found.witnesses)
+    wanted = right & ~found.holds
+    score = difference + 2.0 * wanted + 1.0 * (wanted & calm.holds)
+    row = int(score.argmax())
+    x, x1 = images.x[row : row + 1], found.witnesses[row : row + 1]
+    x2 = _same_class_witness(p, guide, students["SD"], x, eps)
+    frame, corners = _plane(p, x, x1, x2, eps)
+    panels = []
+    for method, network in students.items():
+        with torch.no_grad():
+            part = frame.drop(columns="point").assign(
+                panel=method,
+                difference=evaluation.confidence_difference(guide, network, corners).double().numpy(),
+                disagree=(evaluation.predictions(guide, corners) != evaluation.predictions(network, corners)).numpy(),
+            )
+        panels.append(part)
+    first, second = (x1 - x).flatten().double(), (x2 - x).flatten().double()
+    along = float(second @ first / first.norm())
+    where = {
+        "x": (0.0, 0.0),
+        "x1": (float(first.norm()) / eps, 0.0),
+        "x2": (along / eps, float((second - along * first / first.norm()).norm()) / eps),
+    }
+    details = {"x": x, "x1": x1, "x2": x2, "where": where, "row": row, "image": int(images.index[row])}
+    details |= {"eps": p.evaluate.figure1.eps, "label": int(images.y[row]), "found": bool(wanted[row])}
+    return pd.concat(panels, ignore_index=True), details
+
+
+def fingerprint(network: nn.Module) -> str:
+    """16 hexadecimal digits that change with a network's layers or any of its weights."""
+    digest = hashlib.sha256(repr(network).encode())
+    for name, weight in network.state_dict().items():
+        digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _robustness(p: Params, images: Split, eps: float, guide, network) -> pd.DataFrame:
+    options = _attack_options(p)
+    robust = evaluation.robust(network, images.x, images.y, eps, **options).holds
+    agrees = evaluation.agreement(guide, network, images.x, eps, **options).holds
+    return pd.DataFrame({"robust": robust.numpy(), "agrees": agrees.numpy()})
+
+
+def _upper_bound(p: Params, guide, network, images: Split, eps: float) -> pd.DataFrame:
+    bound = faithfulness_upper_bound(
+        guide,
+        network,
+        images.x,
+        eps,
+        method=p.bounds.method,
+        solver=p.bounds.solver,
+        max_nodes=p.bounds.milp_nodes,
+        clip=data.clip_range(p),
+    )
+    return pd.DataFrame({"FaithUB": bound.values.numpy(), "status": bound.status})
+
+
+def _same_class_witness(p: Params, guide, network, x, eps: float) -> torch.Tensor:
+    """x₂ of fig. 1: the largest difference in confidence in B_ε(x) where both networks predict the same class."""
+
+    def objective(z):
+        t, s = torch.softmax(guide(z), 1), torch.softmax(network(z), 1)
+        difference = (t - s).abs().amax(1)
+        return difference, torch.where(t.argmax(1) == s.argmax(1), difference, -torch.ones_like(difference))
+
+    steps = p.evaluate.steps
+    return search(
+        objective,
+        x,
+        eps,
+        steps=steps,
+        step_size=float(p.evaluate.step_factor) * eps / steps,
+        restarts=4 * p.evaluate.restarts,
+        generator=torch.Generator().manual_seed(p.seed),
+        clip=data.clip_range(p),
+    )[0]
+
+
+def _plane(p: Params, x, x1, x2, eps: float) -> tuple[pd.DataFrame, torch.Tensor]:
+    """A grid on the plane through x, x₁, x₂ that just holds the ball's cut: coordinates in units of ε, and points."""
+    first = (x1 - x).flatten().double()
+    first = first / first.norm() if first.norm() else torch.nn.functional.normalize(torch.ones_like(first), dim=0)
+    second = (x2 - x).flatten().double()
+    second = second - (second @ first) * first
+    if second.norm() < 1e-6 * eps:  # x₂ on the line through x and x₁: any direction at right angles will do
+        second = torch.randn(len(first), dtype=torch.float64, generator=torch.Generator().manual_seed(p.seed))
+        second = second - (second @ first) * first
+    second = second / second.norm()
+    reach = max(_reach(first, second), _reach(second, first)) * 1.02
+    ticks = torch.linspace(-reach, reach, p.evaluate.figure1.points, dtype=torch.float64)
+    a, b = (axis.flatten() for axis in torch.meshgrid(ticks, ticks, indexing="xy"))
+    offsets = a[:, None] * first + b[:, None] * second
+    inside = offsets.abs().amax(1) <= 1 + 1e-9
+    points = (x.flatten().double() + eps * offsets).to(x.dtype).view(-1, *x.shape[1:])
+    frame = pd.DataFrame({"a": a.numpy(), "b": b.numpy(), "inside": inside.numpy(), "point": range(len(a))})
+    return frame, points
+
+
+def _reach(first: torch.Tensor, second: torch.Tensor) -> float:
+    """How far {s·first + t·second : ‖·‖∞ ≤ 1} reaches along `first`: the largest s over all directions t/s."""
+    slopes = torch.tan(torch.linspace(-1.5, 1.5, 2001, dtype=torch.float64))
+    return float((1 / (first + slopes[:, None] * second).abs().amax(1)).max())
+
+
+def _attack_options(p: Params) -> dict:
+    return {
+        "steps": p.evaluate.steps,
+        "step_factor": float(p.evaluate.step_factor),
+        "seed": p.seed,
+        "clip": data.clip_range(p),
+    }
+
+
+def _depends(p: Params, images: Split, eps: float, *networks: nn.Module) -> dict:
+    """What a measurement depends on; the images and networks themselves, so that anyone's pair can be measured."""
+    pixels = hashlib.sha256(images.x.contiguous().numpy().tobytes() + images.y.contiguous().numpy().tobytes())
+    return {
+        "measure": MEASURE,
+        "networks": [fingerprint(network) for network in networks],
+        "images": pixels.hexdigest()[:16],
+        "eps": eps,
+        "steps": p.evaluate.steps,
+        "step_factor": float(p.evaluate.step_factor),
+        "seed": p.seed,
+        "clip": p.data.clip,
+    }
+
+
+def _named(p: Params, part: pd.DataFrame, images: Split, **names) -> pd.DataFrame:
+    """A piece with what it belongs to in front: dataset, the given names, and the image's place in the raw set."""
+    part = part.reset_index(drop=True)
+    for place, (name, value) in enumerate({"dataset": p.data.name, **names}.items()):
+        part.insert(place, name, value)
+    part.insert(len(names) + 1, "image", images.index.numpy())
+    part.insert(len(names) + 2, "label", images.y.numpy())
+    return part
+
+
+def _progress(work: list, description: str) -> tqdm:
+    return tqdm(work, desc=description, unit="piece", leave=False)
+
+
+def _code(method: str) -> str:
+    """A digest of the loss and the attack as written, without comments and docstrings: edit one, and it retrains."""
+    chosen = METHODS.get(method, training.ADVERSARIAL)
+    digest = hashlib.sha256()
+    for function in filter(None, (chosen.loss, chosen.attack, losses.kl, losses.cross_entropy)):
+        tree = ast.parse(dedent(inspect.getsource(function)))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def _label(method: str, alpha: float | None) -> str:
+    return method if alpha is None else f"{method}-alpha{alpha:g}"
+

@@ -1,0 +1,52 @@
+"""The paper's networks as plain `nn.Sequential` that return logits g(x); softmax only where the paper writes σ."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import nn
+
+
+def fully_connected(inputs: int, hidden: Sequence[int], classes: int = 10) -> nn.Sequential:
+    """Fully connected ReLU network, z^(k) = W^(k) φ(z^(k-1)) + b^(k), §4.
+
+    `inputs` counts the input values (28 × 28 = 784), `hidden` lists the hidden widths; an output layer of width
+    `classes` follows them. Maps (N, *shape) to logits (N, classes). Source: §A.1, §A.2.
+    """
+    widths = [inputs, *hidden, classes]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutional(filters: Sequence[int], hidden: Sequence[int], classes: int = 10) -> nn.Sequential:
+    """The convolutional network of Table 4 for images of 3 × 32 × 32, layer by layer as printed.
+
+    `filters`: the three numbers of filters; `hidden`: the two hidden widths. Table 4 prints no ReLU between the
+    third convolution and the first fully connected layer, so there is none. Source: §A.3.
+    """
+    one, two, three = filters
+    return nn.Sequential(
+        nn.Conv2d(3, one, kernel_size=3, stride=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2, stride=2),
+        nn.Conv2d(one, two, kernel_size=3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(two, three, kernel_size=3, stride=1),
+        *fully_connected(three * 2 * 2, hidden, classes),
+    )
+
+
+def build(architecture, shape: Sequence[int], classes: int = 10, *, seed: int) -> nn.Sequential:
+    """A network with the architecture of the parameters, initialised by `seed` (PyTorch's default; not in the paper)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if architecture.kind == "convolutional":
+            return convolutional(architecture.filters, architecture.hidden, classes)
+        return fully_connected(prod(shape), architecture.hidden, classes)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """The number of weights and biases, by which §6 calls a student 37.7 % smaller than its teacher."""
+    return sum(parameter.numel() for parameter in network.parameters())

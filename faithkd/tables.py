@@ -1,0 +1,158 @@
+"""From tidy per-image measurements to the paper's Tables 1, 2, 3 and 5, in the columns of its own CSV files."""
+
+import numpy as np
+import pandas as pd
+
+from faithkd import paper
+from faithkd.paper import STUDENTS
+
+MEASURES = ("robust_accuracy", "agreement")
+BOUNDS = ("EmpLB", "FaithUB")
+
+
+def table1(robustness: pd.DataFrame) -> pd.DataFrame:
+    """Table 1: robust accuracy and empirical distillation agreement in %, one row per ε.
+
+    `robustness` has a row per (dataset, eps, method, image) with bool `robust`, and `agrees` for students.
+    """
+    mean = robustness.groupby(["dataset", "eps", "method"], sort=False)[["robust", "agrees"]].mean() * 100
+    wide = mean.unstack("method")
+    columns = {("robust", m): f"robust_accuracy_{m}" for m in ("RT", *STUDENTS)}
+    columns |= {("agrees", m): f"agreement_{m}" for m in STUDENTS}
+    wide = wide[list(columns)].set_axis(list(columns.values()), axis=1)
+    order = list(dict.fromkeys(zip(robustness["dataset"], robustness["eps"], strict=True)))
+    return wide.loc[order].reset_index()
+
+
+def table2(faithfulness: pd.DataFrame, by: str = "method") -> pd.DataFrame:
+    """Table 2 (or 5, by α): mean and standard deviation of EmpLB and FaithUB over the test images.
+
+    `faithfulness` has a row per (dataset, eps, method or alpha, image) with columns EmpLB and FaithUB. The standard
+    deviation is the paper's: over the images, of one teacher and one student (population form).
+    """
+    long = faithfulness.melt(
+        id_vars=["dataset", "eps", by], value_vars=list(BOUNDS), var_name="bound", value_name="value"
+    )
+    groups = long.groupby(["dataset", "eps", "bound", by], sort=False)["value"]
+    result = groups.agg(mean="mean", std=lambda v: float(np.std(v)), images="count").reset_index()
+    order = {value: place for place, value in enumerate(dict.fromkeys(faithfulness["eps"]))}
+    return result.sort_values("eps", key=lambda e: e.map(order), kind="stable", ignore_index=True)
+
+
+def table3(steps: pd.DataFrame, images: list[int]) -> pd.DataFrame:
+    """Table 3: EmpLB by number of PGD steps for a few examples, RSLAD beside FD.
+
+    `steps` has a row per (image, method, steps) with EmpLB; `images` are the examples x1, x2, ….
+    """
+    chosen = steps[steps["image"].isin(images)]
+    wide = chosen.pivot(index=["image", "method"], columns="steps", values="EmpLB").reset_index()
+    wide.insert(0, "example", wide["image"].map({image: f"x{n + 1}" for n, image in enumerate(images)}))
+    wide = wide.rename(columns={n: f"pgd{n}" for n in steps["steps"].unique()})
+    wide["method"] = pd.Categorical(wide["method"], STUDENTS)
+    wide = wide.sort_values(["example", "method"], ignore_index=True).astype({"method": str})
+    wide.columns.name = None
+    return wide[["example", "method", *(c for c in wide if str(c).startswith("pgd")), "image"]]
+
+
+def flips(steps: pd.DataFrame) -> pd.DataFrame:
+    """How often the order of RSLAD and FD changes with the number of PGD steps, per image (claim C6).
+
+    Returns `image`, `flips` (sign changes of EmpLB_RSLAD − EmpLB_FD from one number of steps to the next) and
+    `margin`, the smallest of those differences in size: a flip by float noise has a tiny margin.
+    """
+    wide = steps.pivot(index="image", columns=["method", "steps"], values="EmpLB")
+    difference = wide["RSLAD"] - wide["FD"]
+    changes = (np.sign(difference).diff(axis=1).abs() == 2).sum(axis=1)
+    return pd.DataFrame({"flips": changes, "margin": difference.abs().min(axis=1)}).reset_index()
+
+
+def examples(steps: pd.DataFrame, count: int) -> list[int]:
+    """The examples of Table 3: images with the most flips, the clearest (largest margin) first."""
+    ranked = flips(steps).sort_values(["flips", "margin", "image"], ascending=[False, False, True])
+    return [int(image) for image in ranked["image"].head(count)]
+
+
+def accuracies(robustness: pd.DataFrame) -> pd.DataFrame:
+    """Clean test accuracies in % (§6), one row per data set: the ε = 0 rows of Table 1's measurement."""
+    clean = robustness[robustness["eps"] == "0"]
+    wide = clean.groupby(["dataset", "method"], sort=False)["robust"].mean().mul(100).unstack("method")
+    wide.columns.name = None
+    return wide[["RT", *STUDENTS]].reset_index()
+
+
+def beside_paper(ours: pd.DataFrame, name: str) -> pd.DataFrame:
+    """`ours` with the paper's values in columns `<column>_paper`, matched on what names a row.
+
+    Rows that the paper does not print, as for data sets it does not use, get no value (NaN), never a made-up one.
+    """
+    theirs = paper.table(name)
+    keys = [c for c in ("dataset", "eps", "bound", "method", "alpha", "example") if c in ours and c in theirs]
+    return ours.merge(theirs, on=keys, how="left", suffixes=("", "_paper"))
+
+
+def is_papers(dataset: str) -> bool:
+    """Whether the paper reports this data set at all."""
+    return dataset in set(paper.table("accuracy")["dataset"])
+
+
+def layout(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A table for people: (text of the cells, which cells are the best of their group), paper's value in brackets.
+
+    `name` is "table1", "table2", "table3" or "table5"; `table` comes from the function of that name.
+    """
+    return {"table1": _layout1, "table2": _layout2, "table3": _layout3, "table5": _layout5}[name](table)
+
+
+def _cell(value: float, theirs: float, digits: int, spread: float | None = None) -> str:
+    text = f"{value:.{digits}f}" + (f" ±{spread:.{digits}f}" if spread is not None else "")
+    return text if pd.isna(theirs) else f"{text} [{theirs:.{digits}f}]"
+
+
+def _layout1(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    both = beside_paper(table, "table1")
+    cells, best = {}, {}
+    for measure, title in zip(MEASURES, ("robust accuracy (%)", "agreement with RT (%)"), strict=True):
+        methods = [m for m in ("RT", *STUDENTS) if f"{measure}_{m}" in table]
+        values = table[[f"{measure}_{m}" for m in STUDENTS]]
+        for method in methods:
+            column = f"{measure}_{method}"
+            theirs = both.get(f"{column}_paper", pd.Series(np.nan, both.index))
+            cells[title, method] = [_cell(v, t, 1) for v, t in zip(table[column], theirs, strict=True)]
+            best[title, method] = (table[column] == values.max(axis=1)).to_numpy() & (method != "RT")
+    return _frames(cells, best, pd.Index(table["eps"], name="ε"))
+
+
+def _layout2(table: pd.DataFrame, by: str = "method", name: str = "table2", spread: bool = True):
+    both = beside_paper(table, name).set_index(["eps", "bound", by])
+    radii, columns = list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table[by]))
+    cells, best = {}, {}
+    for bound in BOUNDS:
+        for column in columns:
+            rows = [both.loc[(eps, bound, column)] for eps in radii]
+            cells[bound, str(column)] = [
+                _cell(r["mean"], r.get("mean_paper", np.nan), 3, r["std"] if spread else None) for r in rows
+            ]
+            lowest = [min(both.loc[(eps, bound, other)]["mean"] for other in columns) for eps in radii]
+            best[bound, str(column)] = [r["mean"] == low for r, low in zip(rows, lowest, strict=True)]
+    return _frames(cells, best, pd.Index(radii, name="ε"))
+
+
+def _layout5(table: pd.DataFrame):
+    return _layout2(table, by="alpha", name="table5")
+
+
+def _layout3(table: pd.DataFrame):
+    columns = [c for c in table if c.startswith("pgd")]
+    cells = {("EmpLB", f"PGD-{c[3:]}"): [f"{value:.4f}" for value in table[c]] for c in columns}
+    lowest = table.groupby("example")[columns].transform("min")
+    best = {("EmpLB", f"PGD-{c[3:]}"): (table[c] == lowest[c]).to_numpy() for c in columns}
+    index = pd.MultiIndex.from_arrays([table["example"], table["method"]], names=["example", "student"])
+    return _frames(cells, best, index)
+
+
+def _frames(cells: dict, best: dict, index: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
+    columns = pd.MultiIndex.from_tuples(list(cells))
+    return (
+        pd.DataFrame(np.array(list(cells.values()), dtype=object).T, index=index, columns=columns),
+        pd.DataFrame(np.array(list(best.values()), dtype=bool).T, index=index, columns=columns),
+    )

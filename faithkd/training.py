@@ -1,0 +1,209 @@
+"""Adversarial training (eqs 2–3) and distillation (eqs 1, 4, 5, 12): one loop, SGD, cosine, early stopping, resume."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from faithkd import store
+from faithkd.attacks import Clip, ascend
+from faithkd.data import Split
+from faithkd.losses import METHODS, Method, attack_labels, cross_entropy
+
+# Raise this number when a change to training alters the networks that come out: it is part of every network's key,
+# so that no network trained by an older recipe is taken for a new one. tests/test_training.py notices the need.
+RECIPE = 1
+
+MONITORED = 1000  # held-out images on which robust accuracy is recorded after each epoch; it decides nothing
+
+
+def adversarial(labels_only: nn.Module, _teacher, x, x_adv, y, alpha, temperature):
+    """Adversarial training, min_Θ E max_δ L_CE(f(x+δ), y), eq. (3); x_adv is the inner maximiser."""
+    return cross_entropy(labels_only(x_adv), y).mean()
+
+
+ADVERSARIAL = Method(adversarial, attack_labels, "adversarial training")
+
+
+@dataclass
+class State:
+    """Where a training stands after an epoch: everything a resumed run needs to go on bit for bit."""
+
+    epoch: int = 0
+    best_score: float = -1.0
+    best_epoch: int = 0
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+
+
+def fit(
+    network: nn.Module,
+    teacher: nn.Module | None,
+    train: Split,
+    held_out: Split,
+    settings,
+    schedule,
+    *,
+    method: Method | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    clip: Clip | None = None,
+    checkpoint: Path | None = None,
+    description: str = "training",
+) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Train `network` and return its best weights and one row of history per epoch, eqs (1)–(5), (12).
+
+    `teacher=None` trains adversarially on labels, eq. (3); otherwise `method` (one of `losses.METHODS`, or your own)
+    distils from `teacher`. `settings` holds learning_rate, learning_rate_min, weight_decay and, for students, alpha
+    and temperature; `schedule` is `Params.train`. Training stops when the accuracy on `held_out` has not risen for
+    `patience` epochs, and the weights of the best epoch are returned. With a `checkpoint` path a killed run goes on
+    where it was, and ends with the same weights as an undisturbed one.
+    """
+    method = method or ADVERSARIAL
+    network, train, held_out = network.to(device), _to(train, device), _to(held_out, device)
+    if teacher is not None:
+        teacher = teacher.to(device).eval().requires_grad_(False)
+    clip = clip and (clip[0].to(device), clip[1].to(device))
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=float(settings.learning_rate),
+        momentum=schedule.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, T_max=schedule.epochs, eta_min=float(settings.learning_rate_min)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    state = _resume(checkpoint, network, optimizer, cosine, generator) or State()
+
+    bar = tqdm(total=schedule.epochs, initial=state.epoch, desc=description, unit="epoch", leave=False)
+    while state.epoch < schedule.epochs and not _out_of_patience(state, schedule):
+        loss = _epoch(network, teacher, train, method, settings, schedule, state.epoch, optimizer, clip, generator)
+        _record(state, network, held_out, schedule, clip, loss, cosine.get_last_lr()[0], seed)
+        cosine.step()
+        if checkpoint is not None:
+            _save(checkpoint, state, network, optimizer, generator)
+        bar.update()
+        bar.set_postfix(accuracy=f"{state.history[-1]['accuracy']:.3f}", loss=f"{loss:.3f}")
+    bar.close()
+    return state.best, state.history
+
+
+def _epoch(network, teacher, train, method, settings, schedule, epoch, optimizer, clip, generator) -> float:
+    """One pass over the training images; returns the mean loss."""
+    network.train()
+    order = torch.randperm(len(train), generator=generator).to(train.y.device)
+    batches = order.split(schedule.batch_size)
+    total = torch.zeros((), device=train.y.device)
+    for number, rows in enumerate(batches):
+        x, y = train.x[rows], train.y[rows]
+        # From a random start the full ε keeps the network at chance for ever: ε and the step grow from 0.
+        ramp = min(1.0, (epoch + number / len(batches)) / schedule.ramp_epochs) if schedule.ramp_epochs else 1.0
+        x_adv = _maximise(network, teacher, x, y, method, schedule.attack, ramp, clip, generator)
+        loss = method.loss(
+            network, teacher, x, x_adv, y, getattr(settings, "alpha", None), getattr(settings, "temperature", None)
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach() * len(y)
+    return float(total) / len(train)
+
+
+def _maximise(network, teacher, x, y, method: Method, attack, ramp: float, clip, generator) -> torch.Tensor:
+    if method.attack is None:
+        return x
+    # Only the gradient in x is wanted; freezing the weights spares every backward step the one in W.
+    network.requires_grad_(False)
+    x_adv = ascend(
+        method.attack(network, teacher, x, y),
+        x,
+        float(attack.eps) * ramp,
+        steps=attack.steps,
+        step_size=float(attack.step_size) * ramp,
+        generator=generator,
+        clip=clip,
+    )
+    network.requires_grad_(True)
+    return x_adv
+
+
+def _record(state: State, network, held_out: Split, schedule, clip, loss: float, rate: float, seed: int) -> None:
+    """Append this epoch's row and keep the weights when they are the best so far."""
+    network.eval()
+    with torch.no_grad():
+        accuracy = float((network(held_out.x).argmax(1) == held_out.y).double().mean())
+    row = {"epoch": state.epoch + 1, "learning_rate": rate, "loss": loss, "accuracy": accuracy}
+    row["robust_accuracy"] = _robust_accuracy(network, held_out[slice(0, MONITORED)], schedule.attack, clip, seed)
+    state.epoch += 1
+    state.history.append(row)
+    # Scores during the ramp are those of an easier problem: they do not count. Without early stopping the last wins.
+    ramping = state.epoch <= schedule.ramp_epochs and state.epoch < schedule.epochs
+    if not ramping and (accuracy > state.best_score or schedule.early_stopping == "none"):
+        state.best_score, state.best_epoch = accuracy, state.epoch
+        state.best = {name: weight.detach().cpu().clone() for name, weight in network.state_dict().items()}
+
+
+def _robust_accuracy(network, held_out: Split, attack, clip, seed: int) -> float:
+    network.requires_grad_(False)
+    z = ascend(
+        attack_labels(network, None, held_out.x, held_out.y),
+        held_out.x,
+        float(attack.eps),
+        steps=attack.steps,
+        step_size=float(attack.step_size),
+        generator=torch.Generator().manual_seed(seed),
+        clip=clip,
+    )
+    with torch.no_grad():
+        accuracy = float((network(z).argmax(1) == held_out.y).double().mean())
+    network.requires_grad_(True)
+    return accuracy
+
+
+def _out_of_patience(state: State, schedule) -> bool:
+    if schedule.early_stopping == "none" or not state.best:
+        return False
+    return state.epoch - state.best_epoch >= schedule.patience
+
+
+def _to(split: Split, device: str) -> Split:
+    return Split(split.x.to(device), split.y.to(device), split.index)
+
+
+def _save(path: Path, state: State, network, optimizer, generator) -> None:
+    tensors = {f"network.{name}": weight for name, weight in network.state_dict().items()}
+    tensors |= {f"best.{name}": weight for name, weight in state.best.items()}
+    for number, parameter in enumerate(network.parameters()):
+        tensors[f"momentum.{number}"] = optimizer.state[parameter]["momentum_buffer"]
+    tensors["generator"] = generator.get_state()
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    meta = {name: getattr(state, name) for name in ("epoch", "best_score", "best_epoch", "history")}
+    store.checkpoint.save(path, tensors, meta)
+
+
+def _resume(path: Path | None, network, optimizer, cosine, generator) -> State | None:
+    if path is None or (loaded := store.checkpoint.load(path)) is None:
+        return None
+    tensors, meta = loaded
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    state = State(**meta, best=part("best."))
+    network.load_state_dict(part("network."))
+    for number, parameter in enumerate(network.parameters()):
+        buffer = tensors[f"momentum.{number}"].to(parameter.device)
+        optimizer.state[parameter]["momentum_buffer"] = buffer
+    generator.set_state(tensors["generator"])
+    # Its rate is a recursion from epoch to epoch: replaying it gives the very same floating-point numbers.
+    for _ in range(state.epoch):
+        optimizer._opt_called = True  # scheduler.step() warns unless an optimiser step came first; it did, before the kill
+        cosine.step()
+    return state
+
+
+__all__ = ["ADVERSARIAL", "METHODS", "RECIPE", "fit"]

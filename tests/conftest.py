@@ -1,0 +1,87 @@
+"""What all tests share: no settings of the user, a store of their own, the real image sets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GIVEN_DATA = os.environ.pop("FAITHKD_DATA", None)
+
+# Before the package is imported: a user's settings must not change what the tests see, and everything that
+# they start must import this checkout, whatever else is installed.
+for name in ("FAITHKD_HOME", "FAITHKD_STORE", "FAITHKD_RUNS", "FAITHKD_FRESH", "FAITHKD_OUTPUTS"):
+    os.environ.pop(name, None)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+os.environ["MPLBACKEND"] = "agg"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nets this small are slower with more
+
+import nbformat  # noqa: E402  after the environment is set, as all that follows
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_store(tmp_path_factory):
+    os.environ["FAITHKD_STORE"] = str(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def real_data(monkeypatch) -> Path:
+    """The folder with the real MNIST, Fashion-MNIST and CIFAR-10; the test is skipped where there is none."""
+    for folder in (GIVEN_DATA, REPOSITORY.parent / "shared" / "data"):
+        if folder and Path(folder).is_dir():
+            monkeypatch.setenv("FAITHKD_DATA", str(Path(folder).absolute()))
+            return Path(folder).absolute()
+    pytest.skip("the real image sets are not here: set FAITHKD_DATA to a folder that holds them")
+
+
+class Home:
+    """A repository in a temporary folder: the real params/, and the notebooks that a test puts into it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "notebooks").mkdir()
+        (folder / "params").symlink_to(REPOSITORY / "params")
+        self.environment = {
+            **os.environ,
+            "FAITHKD_HOME": str(folder),
+            "FAITHKD_STORE": str(folder / ".store"),
+        }
+
+    def write(self, name: str, *code: str) -> Path:
+        """A notebook with a title, the parameters cell and `code`."""
+        parameters = nbformat.v4.new_code_cell(
+            'profile = "digits"\noverrides = {}', metadata={"tags": ["parameters"]}
+        )
+        cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"), parameters]
+        notebook = nbformat.v4.new_notebook(
+            cells=cells + [nbformat.v4.new_code_cell(source) for source in code]
+        )
+        notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        path = self.folder / "notebooks" / f"{name}.ipynb"
+        nbformat.write(notebook, path)
+        return path
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
+        """`faithkd ...` as a process, both outputs in one pipe."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "faithkd.cli", *arguments],
+            env={**self.environment, **environment},
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def call(self, *arguments: str, code: int = 0, **environment: str) -> str:
+        """`faithkd ...` from beginning to end; returns what it printed, after checking its exit code."""
+        process = self.start(*arguments, **environment)
+        printed, _ = process.communicate(timeout=600)
+        assert process.returncode == code, printed
+        return printed
+
+
+@pytest.fixture
+def home(tmp_path) -> Home:
+    """An empty repository in a temporary folder."""
+    return Home(tmp_path)

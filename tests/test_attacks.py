@@ -1,0 +1,100 @@
+"""The one projected gradient ascent: it stays in the ball, follows eq. (2) and finds maxima known in closed form."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faithkd.attacks import ascend, ball, random_start, search
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@given(st.floats(-1e3, 1e3, width=32), st.floats(0, 10, width=32))
+@settings(max_examples=300, deadline=None)
+def test_the_ball_is_rounded_inwards(value, eps):
+    x = torch.tensor([value], dtype=torch.float32)
+    lower, upper = ball(x, eps)
+    assert float(lower.double()) >= x.double().item() - eps
+    assert float(upper.double()) <= x.double().item() + eps
+    assert float(lower) <= value <= float(upper)
+
+
+def test_the_ball_is_clipped():
+    lower, upper = ball(torch.tensor([0.05, 0.5, 0.95]), 0.1, (torch.tensor(0.0), torch.tensor(1.0)))
+    assert lower.tolist()[0] == 0.0 and upper.tolist()[2] == 1.0
+    assert lower[1] < 0.41 and upper[1] > 0.59
+
+
+def test_one_step_is_equation_2():
+    """x¹ = Π_S(x⁰ + η sgn ∇L(x⁰)), with the projection active in the second coordinate."""
+    x, eps, step = torch.tensor([[1.0, -2.0]]), 0.5, 0.4
+    start = random_start(x - eps, x + eps, generator(3))
+    z = ascend(lambda z: z @ torch.tensor([-1.0, 5.0]), x, eps, steps=1, step_size=step, generator=generator(3))
+    expected = torch.minimum(torch.maximum(start + step * torch.tensor([[-1.0, 1.0]]), x - eps), x + eps)
+    assert torch.equal(z, expected)
+
+
+def test_ascend_reaches_the_corner_of_a_linear_objective():
+    x, weight = torch.randn(6, 4, generator=generator()), torch.tensor([1.0, -2.0, 0.5, -0.1])
+    z = ascend(lambda z: z @ weight, x, 0.3, steps=20, step_size=0.1, generator=generator())
+    assert torch.allclose(z, x + 0.3 * weight.sign(), atol=1e-6)
+
+
+def test_search_returns_the_best_point_met_not_the_last():
+    """With a step far too large the iterates jump about; the best one met is what counts."""
+    x = torch.full((1, 1), 0.9)
+    seen = []
+
+    def objective(z):
+        value = -((z - 0.2) ** 2).sum(1)
+        seen.append(float(value.detach()))
+        return value, value
+
+    point, score = search(objective, x, 1.0, steps=6, step_size=0.9, restarts=1, generator=generator())
+    found = list(seen)
+    assert float(score) == max(found) and max(found) > found[-1]
+    assert float(objective(point)[0]) == float(score)
+
+
+def test_search_judges_by_the_score_and_climbs_the_loss():
+    x = torch.zeros(1, 2)
+    wanted = torch.tensor([[0.5, 0.0]])
+
+    def objective(z):
+        return z[:, 1], -(z - wanted).abs().amax(1)  # climbs the second coordinate, scores nearness to `wanted`
+
+    point, score = search(objective, x, 1.0, steps=5, step_size=0.2, restarts=8, generator=generator())
+    assert float(score) == float(objective(point)[1]) >= float(objective(x)[1])
+
+
+def test_the_image_itself_competes():
+    """Where every move makes it worse the answer is the image, exactly."""
+    x = torch.full((2, 3), 0.3)
+    point, score = search(
+        lambda z: 2 * (-((z - x).abs().sum(1)),), x, 0.1, steps=4, step_size=0.05, restarts=2, generator=generator()
+    )
+    assert torch.equal(point, x) and score.tolist() == [0, 0]
+
+
+def test_every_candidate_stays_in_the_ball_and_the_seed_repeats():
+    x, eps = torch.randn(20, 5, generator=generator(1)), 0.07
+    outside = []
+
+    def objective(z):
+        outside.append(((z.detach().double() - x.double()).abs() - eps).max().item())
+        value = (z**3).sum(1)
+        return value, value
+
+    runs = [search(objective, x, eps, steps=6, step_size=0.05, restarts=2, generator=generator(5)) for _ in range(2)]
+    assert max(outside) <= 0
+    assert torch.equal(runs[0][0], runs[1][0])
+    other = search(objective, x, eps, steps=1, step_size=0.001, restarts=1, generator=generator(6))
+    assert not torch.equal(runs[0][0], other[0])
+
+
+def test_clip_keeps_inputs_valid():
+    x, clip = torch.rand(10, 4, generator=generator()), (torch.tensor(0.0), torch.tensor(1.0))
+    z = ascend(lambda z: z.sum(1), x, 0.9, steps=5, step_size=0.3, generator=generator(), clip=clip)
+    assert float(z.max()) <= 1 and float(z.min()) >= 0

@@ -1,0 +1,147 @@
+"""Notebooks 00 and 01 in JupyterLab, driven by a real headless browser: open, Run All Cells, no error.
+
+The pictures of what the browser showed are kept in the folder $FAITHKD_SCREENSHOTS, where that is set.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import REPOSITORY
+
+from faithkd import notebooks
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+MINUTES = 10  # for one notebook with nothing computed before, on a slow machine
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab over a copy of the notebooks, with settings, home and store of its own."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(REPOSITORY / "notebooks", folder / "notebooks")
+    for name in ("params", "weights"):
+        if (REPOSITORY / name).is_dir():
+            (folder / name).symlink_to(REPOSITORY / name)
+    settings = {
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        "notebook-extension/tracker": {"windowingMode": "none"},  # show every cell, also those out of sight
+    }
+    for name, content in settings.items():
+        file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    jupyter = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    environment = {
+        **os.environ,
+        **{name: str(folder / name) for name in jupyter},
+        "HOME": str(folder),
+        "FAITHKD_HOME": str(folder),
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+    }
+    options = f"--no-browser --allow-root --IdentityProvider.token= --ServerApp.ip=127.0.0.1 --port={port}"
+    command = [sys.executable, "-m", "jupyter", "lab", *options.split(), f"{folder}/notebooks"]
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/api", server, folder / "lab.log")
+        yield f"http://127.0.0.1:{port}", folder
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _wait_for(address: str, server: subprocess.Popen, log) -> None:
+    for _ in range(240):
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text())
+
+
+@pytest.mark.parametrize("number", ["00", "01"])
+def test_runs_in_jupyterlab(lab, number, tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+
+    address, folder = lab
+    picture = Path(os.environ.get("FAITHKD_SCREENSHOTS") or tmp_path).absolute() / f"lab-{number}.png"
+    (committed,) = notebooks.pick([number])
+    path = folder / "notebooks" / committed.name
+    cells = sum(
+        cell.cell_type == "code" and bool(cell.source.strip()) for cell in nbformat.read(path, 4).cells
+    )
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, headless=True, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(120_000)
+        page.goto(f"{address}/doc/tree/{path.name}")
+        expect(page.locator(".jp-CodeCell")).to_have_count(cells, timeout=120_000)
+        page.locator(
+            ".jp-NotebookPanel[data-jp-kernel-status=idle], .jp-Notebook-ExecutionIndicator"
+        ).first.wait_for()
+        _choose(page, "Edit", "Clear Outputs of All Cells")
+        expect(page.locator(".jp-CodeCell .jp-OutputArea-output")).to_have_count(0)
+        _choose(page, "Run", "Run All Cells")
+        # The last cell gets a number when all have run; a cell that fails stops the others: look for both.
+        failed = page.locator(".jp-RenderedText pre .ansi-red-fg")
+        ended = page.locator(".jp-InputPrompt", has_text=f"[{cells}]:").or_(failed)
+        ended.first.wait_for(timeout=MINUTES * 60_000)
+        page.screenshot(path=picture)
+        page.keyboard.press("Control+s")
+        executed = _saved(path, cells)
+        browser.close()
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert outputs and picture.stat().st_size > 10_000
+
+
+def _choose(page, menu: str, entry: str) -> None:
+    page.locator(".lm-MenuBar-itemLabel", has_text=menu).first.click()
+    page.locator(".lm-Menu-itemLabel", has_text=entry).first.click()
+
+
+def _saved(path, cells: int):
+    """The notebook as JupyterLab saved it after the last cell."""
+    for _ in range(60):
+        notebook = nbformat.read(path, as_version=4)
+        counts = [
+            cell.execution_count
+            for cell in notebook.cells
+            if cell.cell_type == "code" and cell.source.strip()
+        ]
+        failed = any(
+            output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", [])
+        )
+        if counts[-1] == cells or failed:
+            return notebook
+        time.sleep(0.5)
+    raise AssertionError(f"{path.name} was not saved as executed; cells are numbered {counts}")

@@ -1,0 +1,145 @@
+"""Each loss equals its formula on cases worked out by hand, and its limits hold."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from faithkd import losses
+from faithkd.losses import METHODS
+
+
+class Fixed(nn.Module):
+    """A network whose logits are looked up by the first value of its input: cases become readable."""
+
+    def __init__(self, table: dict[float, list[float]]):
+        super().__init__()
+        self.table = table
+
+    def forward(self, x):
+        return torch.tensor([self.table[round(float(row.flatten()[0]), 3)] for row in x], dtype=torch.float64)
+
+
+def logit(*confidences):
+    """Logits whose softmax is the given confidences."""
+    return [math.log(c) for c in confidences]
+
+
+CLEAN, PERTURBED = torch.tensor([[0.0]]), torch.tensor([[1.0]])
+STUDENT = Fixed({0.0: logit(0.5, 0.5), 1.0: logit(0.2, 0.8)})
+TEACHER = Fixed({0.0: logit(0.8, 0.2), 1.0: logit(0.6, 0.4)})
+LABEL = torch.tensor([0])
+
+
+def kl_by_hand(teacher, student):
+    """KL(teacher ‖ student) of two lists of confidences, written out."""
+    return sum(t * math.log(t / s) for t, s in zip(teacher, student, strict=True))
+
+
+def sharpened(confidences, temperature):
+    """softmax(log(c)/T) by hand."""
+    powers = [c ** (1 / temperature) for c in confidences]
+    return [power / sum(powers) for power in powers]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_losses_equal_their_formulas(alpha, temperature):
+    def soft(teacher, student):
+        return kl_by_hand(sharpened(teacher, temperature), sharpened(student, temperature))
+
+    hard = -math.log(0.5)  # the student gives label 0 confidence 0.5 at the clean image
+    expected = {
+        "SD": alpha * temperature**2 * soft([0.8, 0.2], [0.5, 0.5]) + (1 - alpha) * hard,
+        "ARD": alpha * temperature**2 * soft([0.8, 0.2], [0.2, 0.8]) + (1 - alpha) * hard,
+        "RSLAD": alpha * soft([0.8, 0.2], [0.2, 0.8]) + (1 - alpha) * soft([0.8, 0.2], [0.5, 0.5]),
+        "FD": alpha * temperature**2 * soft([0.6, 0.4], [0.2, 0.8]) + (1 - alpha) * hard,
+    }
+    for name, method in METHODS.items():
+        value = method.loss(STUDENT, TEACHER, CLEAN, PERTURBED, LABEL, alpha, temperature)
+        assert float(value) == pytest.approx(expected[name], rel=1e-12), name
+
+
+def test_attacks_ascend_their_objectives():
+    expected = {
+        "ARD": -math.log(0.2),
+        "RSLAD": kl_by_hand([0.8, 0.2], [0.2, 0.8]),  # the teacher stays at the clean image
+        "FD": kl_by_hand([0.6, 0.4], [0.2, 0.8]),  # the teacher sees the perturbed image too
+    }
+    assert METHODS["SD"].attack is None
+    for name, value in expected.items():
+        objective = METHODS[name].attack(STUDENT, TEACHER, CLEAN, LABEL)
+        assert objective(PERTURBED).tolist() == pytest.approx([value], rel=1e-12), name
+
+
+def test_kl_is_teacher_from_student_and_summed_over_classes_averaged_over_images():
+    student = torch.tensor([logit(0.5, 0.25, 0.25), logit(0.2, 0.4, 0.4)])
+    teacher = torch.tensor([logit(0.25, 0.25, 0.5), logit(0.2, 0.2, 0.6)])
+    by_hand = [kl_by_hand([0.25, 0.25, 0.5], [0.5, 0.25, 0.25]), kl_by_hand([0.2, 0.2, 0.6], [0.2, 0.4, 0.4])]
+    assert losses.kl(student, teacher).tolist() == pytest.approx(by_hand, rel=1e-5)
+    other = losses.kl(teacher, student)
+    assert not torch.allclose(other, losses.kl(student, teacher)), "the direction matters in this case"
+
+
+def random_pair(seed=0):
+    torch.manual_seed(seed)
+    student = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    return student, teacher, torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
+
+
+@pytest.mark.parametrize("name", ["SD", "ARD", "FD"])
+def test_alpha_zero_leaves_cross_entropy(name):
+    student, teacher, x, y = random_pair()
+    value = METHODS[name].loss(student, teacher, x, x + 0.3, y, 0.0, 4.0)
+    assert value.item() == pytest.approx(nn.functional.cross_entropy(student(x), y).item(), rel=1e-12)
+
+
+def test_at_eps_zero_fd_and_ard_are_sd():
+    student, teacher, x, y = random_pair()
+    values = {n: METHODS[n].loss(student, teacher, x, x, y, 0.5, 2.0).item() for n in ("SD", "ARD", "FD")}
+    assert values["ARD"] == pytest.approx(values["SD"], rel=1e-12)
+    assert values["FD"] == pytest.approx(values["SD"], rel=1e-12)
+
+
+def test_a_constant_teacher_makes_fd_rslad_and_ard_one():
+    """§5: FD and RSLAD meet as f_t(x + δ₀) → f_t(x); with α = 1 and T = 1 the three losses are one."""
+    student, _, x, y = random_pair()
+    constant = nn.Linear(4, 3).double()
+    nn.init.zeros_(constant.weight)
+    values = [METHODS[n].loss(student, constant, x, x + 0.3, y, 1.0, 1.0).item() for n in ("FD", "RSLAD", "ARD")]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-12)
+    objectives = [METHODS[n].attack(student, constant, x, y)(x + 0.3) for n in ("FD", "RSLAD")]
+    assert torch.allclose(*objectives, rtol=1e-12)
+
+
+def test_a_perfect_student_has_no_distillation_loss():
+    student, _, x, y = random_pair()
+    assert METHODS["FD"].loss(student, student, x, x + 0.1, y, 1.0, 2.0).item() == pytest.approx(0, abs=1e-12)
+    assert METHODS["SD"].loss(student, student, x, x, y, 1.0, 2.0).item() == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0, 8.0])
+def test_t_squared_keeps_the_gradient_at_one_scale(temperature):
+    """Hinton et al.: gradients of the soft term fall like 1/T², so T² KL keeps its weight as T changes."""
+    student, teacher, x, y = random_pair()
+    small = nn.Sequential(student, Scale(0.01))  # small logits: the limit in which the statement is exact
+    small_teacher = nn.Sequential(teacher, Scale(0.01))
+    gradients = []
+    for t in (1.0, temperature):
+        student.zero_grad()
+        losses.sd(small, small_teacher, x, x, y, 1.0, t).backward()
+        gradients.append(student[2].weight.grad.norm().item())
+    assert gradients[1] == pytest.approx(gradients[0], rel=0.02)
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x

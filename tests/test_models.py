@@ -1,0 +1,55 @@
+"""The architectures: parameter counts that the paper's percentages fix, Table 4 layer by layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from faithkd import data, models, params
+
+COUNTS = {"mnist": (27_580, 17_170), "fashion_mnist": (56_296, 26_760), "cifar10": (31_450, 16_354)}
+SMALLER = {"mnist": 37.7, "fashion_mnist": 52.5, "cifar10": 48.0}  # %, §6
+
+
+@pytest.mark.parametrize("profile", COUNTS)
+def test_parameter_counts(profile):
+    p = params.load(profile)
+    shape = data.SHAPES[p.data.name]
+    counts = tuple(models.parameter_count(models.build(a, shape, seed=0)) for a in (p.models.teacher, p.models.student))
+    assert counts == COUNTS[profile]
+    assert round(100 * (1 - counts[1] / counts[0]), 1) == SMALLER[profile]
+
+
+def test_table_4_as_printed():
+    p = params.load("cifar10")
+    for architecture, (one, width) in ((p.models.teacher, (8, 128)), (p.models.student, (6, 64))):
+        network = models.build(architecture, (3, 32, 32), seed=0)
+        kinds = [type(layer).__name__ for layer in network]
+        assert kinds == [
+            *("Conv2d", "ReLU", "MaxPool2d", "Conv2d", "ReLU", "Conv2d"),
+            *("Flatten", "Linear", "ReLU", "Linear", "ReLU", "Linear"),
+        ]
+        first, pool, second, third = (network[k] for k in (0, 2, 3, 5))
+        assert (first.in_channels, first.out_channels, first.kernel_size, first.stride) == (3, one, (3, 3), (2, 2))
+        assert (pool.kernel_size, pool.stride) == (2, 2)
+        assert (second.out_channels, second.stride, second.padding) == (16, (2, 2), (1, 1))
+        assert (third.in_channels, third.out_channels, third.stride, third.padding) == (16, 32, (1, 1), (0, 0))
+        linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+        assert [(m.in_features, m.out_features) for m in linear] == [(128, width), (width, width // 2), (width // 2, 10)]
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_seed_fixes_the_start_and_leaves_the_global_one_alone():
+    p = params.load("digits")
+    torch.manual_seed(123)
+    expected = torch.rand(1)
+    torch.manual_seed(123)
+    nets = [models.build(p.models.teacher, (1, 8, 8), seed=s) for s in (0, 0, 1)]
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(nets[0][1].weight, nets[1][1].weight)
+    assert not torch.equal(nets[0][1].weight, nets[2][1].weight)
+
+
+def test_networks_return_logits():
+    network = models.fully_connected(5, [4], 3)
+    assert isinstance(network[-1], nn.Linear)
+    assert network(torch.zeros(2, 1, 5)).shape == (2, 3)

@@ -1,0 +1,163 @@
+"""The committed notebooks as files: sound, not stale, in normal form, and all of them from nothing."""
+
+import json
+import shutil
+import time
+
+import nbformat
+import pytest
+from conftest import REPOSITORY
+
+from faithkd import notebooks, params, paths
+
+
+def test_refreshing_twice_gives_the_same_bytes(home, monkeypatch):
+    path = home.write(
+        "01-first",
+        "import sys, pandas\nfrom IPython.display import display",
+        'print("10%\\r20%\\r30%  ")\nprint("trouble", file=sys.stderr)\nprint(object())',
+        'display(pandas.DataFrame({"a": [1]}).style.set_caption("b"))',
+        "3 + 4   \n",
+    )
+    monkeypatch.setattr(paths, "ROOT", home.folder)
+    notebooks.refresh([], report=lambda line: None)
+    assert notebooks.check(path, params.load()) == []
+    first = path.read_bytes()
+    notebooks.refresh(["first"], report=lambda line: None)
+    assert path.read_bytes() == first
+    streams, table, seven = (
+        output for cell in json.loads(first)["cells"] for output in cell.get("outputs", [])
+    )
+    assert streams["text"] == ["30%\n", "<object object at 0x0>\n"]
+    assert "T_cell4t0" in "".join(table["data"]["text/html"])
+    assert seven["execution_count"] == 5 and str(home.folder) not in first.decode()
+
+
+@pytest.fixture
+def sound(tmp_path):
+    """A sound notebook, not executed but as if."""
+    code = ['profile = "digits"\noverrides = {}', "a = 1", "b = 2", "c = 3", "3 + 4"]
+    cells = [nbformat.v4.new_code_cell(source) for source in code]
+    cells[0].metadata.tags = ["parameters"]
+    cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "7"}, execution_count=5)]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# First"), *cells])
+    path = tmp_path / "01-first.ipynb"
+    nbformat.write(notebook, path)
+    stamp = notebooks.stamp(path, params.load())
+    nbformat.write(notebooks.normalise(notebook, path.stem, stamp), path)
+    assert notebooks.check(path, params.load()) == []
+    return path
+
+
+def edited(path, change) -> list[str]:
+    """The complaints about a notebook after `change` was made to its JSON."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    change(notebook)
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    return notebooks.check(path, params.load())
+
+
+def test_committed_notebooks_are_sound_and_not_stale():
+    numbers = [path.name[:2] for path in notebooks.listing()]
+    assert numbers == [f"{number:02d}" for number in range(12)]
+    p, start = params.load(notebooks.PROFILE), time.perf_counter()
+    complaints = [f"{path.name} {text}" for path in notebooks.listing() for text in notebooks.check(path, p)]
+    assert not complaints, "\n".join([*complaints, "`make notebooks` executes them again"])
+    assert time.perf_counter() - start < 5  # a second on an idle machine
+
+
+def test_normal_form_is_a_fixed_point(sound):
+    notebook = nbformat.read(sound, as_version=4)
+    again = notebooks.normalise(nbformat.read(sound, as_version=4), sound.stem, "")
+    again.metadata["faithkd"]["stamp"] = notebook.metadata["faithkd"]["stamp"]
+    assert nbformat.writes(again) == nbformat.writes(notebook)
+
+
+def test_prose_may_change_but_code_may_not(sound):
+    assert edited(sound, lambda notebook: notebook["cells"][0].update(source="# Better prose")) == []
+    (complaint,) = edited(sound, lambda notebook: notebook["cells"][-1].update(source="3 + 5"))
+    assert "stale" in complaint
+
+
+def test_changed_parameters_make_it_stale(sound):
+    (complaint,) = notebooks.check(sound, params.load("digits", ["train.epochs=2"]))
+    assert "stale" in complaint
+
+
+def test_only_code_counts_in_the_package(tmp_path):
+    (tmp_path / "cli.py").write_text("tool = 1")
+    module = tmp_path / "losses.py"
+
+    def digest(text):
+        module.write_text(text)
+        notebooks.code_digest.cache_clear()
+        return notebooks.code_digest(tmp_path)
+
+    first = digest('"""A."""\ndef f(x):\n    """B."""\n    return 2 * x\n')
+    assert digest('"""C."""\n# D\ndef f( x ):\n\n    return 2*x  # E\n') == first
+    assert digest("def f(x):\n    return 3 * x\n") != first
+    assert digest("def f(x):\n    return 2 * x\n") == first
+    (tmp_path / "cli.py").write_text("tool = 2")
+    assert digest("def f(x):\n    return 2 * x\n") == first
+    # The same in every version of Python: this value was made by 3.11, 3.12 and 3.13.
+    assert (
+        digest('def f(*a, b=None, **k) -> int:\n    return f"{a!r:>{b}}", {**k}, ..., [i for i in a]\n')[:8]
+        == "145cac99"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda n: n["metadata"].update(kernelspec={"name": "mine"}), "its kernel is not python3"),
+        (lambda n: n["metadata"].update(papermill={}), "metadata of a tool or machine: papermill"),
+        (lambda n: n["metadata"]["language_info"].update(version="3.11"), "version of Python"),
+        (lambda n: n["cells"][2].update(execution_count=7), "from top to bottom"),
+        (lambda n: [cell.update(outputs=[]) for cell in n["cells"][1:]], "has no outputs"),
+        (lambda n: n["cells"][1]["metadata"].update(tags=[]), "as `parameters`"),
+        (lambda n: n["cells"][1].update(source='profile = "digits"\noverrides = dict()'), "name = literal"),
+        (lambda n: n["cells"][1].update(source='profile = "mnist"\noverrides = {}'), "must have exactly"),
+        (lambda n: n["cells"][1].update(source='profile = "digits"'), "must have exactly"),
+        (lambda n: n["cells"][2]["metadata"].update(execution={}), "cell 3 has metadata"),
+        (lambda n: n["cells"][0].update(source="see /home/me/x"), "cell 1 has a path of the machine"),
+        (
+            lambda n: n["cells"][-1]["outputs"][0]["data"].update({"text/html": "<p>/tmp/x"}),
+            "cell 6 has a path",
+        ),
+        (lambda n: n["cells"][0].update(source="x" * notebooks.SIZE_LIMIT), "larger than 1.5 MB"),
+        (lambda n: n["cells"][3]["outputs"].append({"output_type": "error"}), "cell 4 ends in an error"),
+        (
+            lambda n: n["cells"][3]["outputs"].append(
+                {"output_type": "stream", "name": "stderr", "text": "!"}
+            ),
+            "cell 4 shows a warning",
+        ),
+        (lambda n: n.pop("cells"), "is no notebook"),
+    ],
+)
+def test_every_fault_is_told(sound, change, told):
+    assert any(told in complaint for complaint in edited(sound, change))
+
+
+def test_refresh_leaves_a_failing_notebook_as_it_was(home, monkeypatch):
+    path = home.write("01-fails", "1 / 0")
+    before = path.read_bytes()
+    monkeypatch.setattr(paths, "ROOT", home.folder)
+    with pytest.raises(notebooks.NotebookError, match="ZeroDivisionError"):
+        notebooks.refresh([], report=lambda line: None)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_everything_regenerates_from_an_empty_store(home):
+    """All notebooks by papermill on the smoke profile with nothing computed or trained before."""
+    (home.folder / "notebooks").rmdir()
+    shutil.copytree(REPOSITORY / "notebooks", home.folder / "notebooks")
+    printed = home.call("run", "--profile", "smoke")
+    made = {path.name for path in (home.folder / "figures" / "smoke").iterdir()}
+    names = ["fig1", "fig2", "fig3", "table1", "table2", "table3", "table5"]
+    assert {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")} <= made, printed
+    assert "provenance.json" in made and "12 to run" in printed
+
+    printed = home.call("run", "--profile", "smoke")
+    assert "0 to run" in printed and printed.count("already there") == 12
