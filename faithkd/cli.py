@@ -195,14 +195,14 @@ def _execute_all(p, chosen: list[Path], folder: Path, fresh: str | None) -> int:
     done = _read_json(folder / "done.json")
     todo = [path for path in chosen if not _is_done(path, p, folder, done.get(path.stem), fresh)]
     expected, took, start = _expected(p, done), {}, time.monotonic()
-    print(f"{p.name}: {len(chosen)} notebooks, {len(todo)} to run", flush=True)
+    print(f"{p.name}: {_count(chosen, 'notebook')}, {len(todo)} to run", flush=True)
     if not fresh and _open_retrain(folder):
         print("(an unfinished --retrain is waiting: add --retrain to go on with that instead)")
     left = [path.stem for path in todo]
     for number, path in enumerate(chosen, 1):
         place = f"[{number:>2}/{len(chosen)}] {path.stem:<26}"
         if path not in todo:
-            print(f"{place} already there, {_count(len(done[path.stem]['files']))}")
+            print(f"{place} already there, {_count(done[path.stem]['files'], 'file')}")
             continue
         gone, about = _clock(time.monotonic() - start), _about(_remaining(left, expected, took))
         print(f"{place} {notebooks.title(path)} · {gone} gone, {about}", flush=True)
@@ -210,7 +210,7 @@ def _execute_all(p, chosen: list[Path], folder: Path, fresh: str | None) -> int:
         _write_json(folder / "done.json", done)  # at once, so that a kill loses at most the notebook in work
         took[path.stem] = done[path.stem]["seconds"]
         left.remove(path.stem)
-        print(f"{'':>8}{_count(len(done[path.stem]['files']))} in {_clock(took[path.stem])}", flush=True)
+        print(f"{'':>8}{_count(done[path.stem]['files'], 'file')} in {_clock(took[path.stem])}", flush=True)
     return len(todo)
 
 
@@ -226,6 +226,7 @@ def _execute(path: Path, p, folder: Path, fresh: str | None) -> dict:
         with _environment(
             FAITHKD_OUTPUTS=str(written),  # figures.save notes there what it wrote
             FAITHKD_FRESH=fresh,  # the store then takes nothing made outside this retraining
+            MPLBACKEND=None,  # a user's own choice would leave the notebooks without pictures
             JUPYTER_PREFER_ENV_PATH="1",  # this environment's python3, not another of the user's
         ):
             papermill.execute_notebook(
@@ -455,8 +456,8 @@ def _about(seconds: float | None) -> str:
     return f"about {round(seconds / 60)} min left" if seconds > 90 else f"about {round(seconds) or 1} s left"
 
 
-def _count(files: int) -> str:
-    return f"{files} file{'' if files == 1 else 's'}"
+def _count(things, name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 # --- surroundings
@@ -475,7 +476,7 @@ def doctor() -> None:
 
     files = [path for path in Path(store.root()).rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    print(f"store     {store.root()}: {_count(len(files))}, {size / 1e6:.1f} MB")
+    print(f"store     {store.root()}: {_count(files, 'file')}, {size / 1e6:.1f} MB")
 
 
 def _torch() -> str:

@@ -57,8 +57,10 @@ def save(p: Params, name: str, figure: Figure, frame: pd.DataFrame) -> None:
     folder = p.figures_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        # savefig gives a figure without a layout engine the default one for its next drawing: so none is default here.
+        with plt.rc_context({"figure.constrained_layout.use": figure.get_layout_engine() is not None}):
+            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
+            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
     except OSError as error:
         raise FaithkdError(f"cannot write {name} to {folder}: {error.strerror or error}; give permission there") from None

@@ -88,8 +88,12 @@ def stamp(path: Path, p) -> str:
 def code_digest(folder: Path) -> str:
     """Hash of the package's code without comments, docstrings and layout, the same in all Python versions."""
     modules = sorted(path for path in folder.rglob("*.py") if path.name not in TOOLS)
-    code = {path.relative_to(folder).as_posix(): _structure(ast.parse(path.read_bytes())) for path in modules}
-    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
+    try:
+        trees = [_structure(ast.parse(path.read_bytes(), path)) for path in modules]
+    except SyntaxError as error:
+        raise NotebookError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    names = [path.relative_to(folder).as_posix() for path in modules]
+    return hashlib.sha256(json.dumps([names, trees]).encode()).hexdigest()
 
 
 def _structure(node):
@@ -192,6 +196,7 @@ def refresh(names: list[str], report=print) -> None:
 
     p = params.load(PROFILE)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's python3, not another of the user's
+    os.environ.pop("MPLBACKEND", None)  # a user's own choice would leave the notebooks without pictures
     for path in pick(names):
         report(f"executing {path.stem}")
         notebook = nbformat.read(path, as_version=4)
@@ -204,6 +209,9 @@ def refresh(names: list[str], report=print) -> None:
         unfinished = path.with_suffix(".part")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
+    front = paths.ROOT / "README.md"
+    if front.is_file():
+        front.write_text(readme(front.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def normalise(notebook, stem: str, stamp: str):
@@ -264,3 +272,51 @@ def _normal_text(text: str) -> str:
         shown = [piece for piece in line.split("\r") if piece.strip()] or [""]
         lines.append(shown[-1].rstrip())
     return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", "\n".join(lines))
+
+
+# --- the README's two tables, generated
+
+
+def readme(text: str) -> str:
+    """README.md with its tables of notebooks and of profiles made anew from the notebooks and the committed figures."""
+    for name, rows in (("notebooks", _contents()), ("numbers", _expectations())):
+        block = re.compile(rf"(<!-- {name}: [^\n]*-->\n\|[^\n]*\n\|[^\n]*\n)(?:\|[^\n]*\n)*(?=<!-- end of {name} -->)")
+        text, found = block.subn(lambda match, rows=rows: match[1] + "".join(rows), text)
+        if found != 1:
+            raise NotebookError(f"README.md must hold one block `<!-- {name}: … -->` with a table's two head lines")
+    return text
+
+
+def _contents() -> list[str]:
+    """A row for each notebook: number, title and link, and what its own first table says one gets."""
+    rows = []
+    for path in listing():
+        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        head = re.search(r"^# (\d+) · (.+)$", first, re.MULTILINE)
+        gets = re.search(r"^\|---\|---\|---\|\n\|[^|]*\|([^|]*)\|", first, re.MULTILINE)
+        if not (head and gets):
+            raise NotebookError(f"{path.name} must begin with «# NN · title» and a table you need | you get | time")
+        rows.append(f"| {head[1]} | [{head[2]}](notebooks/{path.name}) | {gets[1].strip()} |\n")
+    return rows
+
+
+def _expectations() -> list[str]:
+    """A row for each profile whose figures are committed: data, time it took, FD's bounds in the middle of Table 2."""
+    import csv
+
+    rows = []
+    for source in sorted((paths.ROOT / "figures").glob("*/provenance.json")):
+        made = json.loads(source.read_text(encoding="utf-8"))
+        if made["overrides"]:
+            continue
+        with open(source.with_name("table2.csv"), encoding="utf-8", newline="") as file:
+            table = [row for row in csv.DictReader(file) if row["method"] == "FD"]
+        radii = list(dict.fromkeys(row["eps"] for row in table))
+        eps = radii[len(radii) // 2]
+        mean = {row["bound"]: float(row["mean"]) for row in table if row["eps"] == eps}
+        minutes = sum(made["seconds"].values()) / 60
+        rows.append(
+            f"| `{made['profile']}` | {made['params']['data']['name']} | {minutes:.0f} min | "
+            f"FD at ε = {eps}: mean EmpLB {mean['EmpLB']:.3f}, mean FaithUB {mean['FaithUB']:.3f} |\n"
+        )
+    return rows

@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -238,7 +237,7 @@ class Params(Group):
     @property
     def figures_dir(self) -> Path:
         """Where this profile's figures and tables go."""
-        return Path(os.environ.get("FAITHKD_FIGURES") or ROOT / "figures") / self.name
+        return ROOT / "figures" / self.name
 
     @model_validator(mode="after")
     def _consistent(self):

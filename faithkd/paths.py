@@ -3,4 +3,4 @@
 import os
 from pathlib import Path
 
-ROOT = Path(os.environ.get("FAITHKD_HOME") or Path(__file__).resolve().parents[1])
+ROOT = Path(os.environ.get("FAITHKD_HOME") or Path(__file__).resolve().parents[1]).expanduser().absolute()

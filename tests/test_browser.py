@@ -58,7 +58,7 @@ def lab(tmp_path_factory):
         port = probe.getsockname()[1]
     jupyter = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "MPLBACKEND"},
         **{name: str(folder / name) for name in jupyter},
         "HOME": str(folder),
         "FAITHKD_HOME": str(folder),
@@ -121,7 +121,13 @@ def test_runs_in_jupyterlab(lab, number, tmp_path):
         browser.close()
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert outputs and picture.stat().st_size > 10_000
+    assert _kinds(executed) >= _kinds(nbformat.read(committed, as_version=4))
+    assert picture.stat().st_size > 10_000
+
+
+def _kinds(notebook) -> set[str]:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return {kind for output in outputs for kind in output.get("data", {})}
 
 
 def _choose(page, menu: str, entry: str) -> None:

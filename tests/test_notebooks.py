@@ -102,7 +102,7 @@ def test_only_code_counts_in_the_package(tmp_path):
     # The same in every version of Python: this value was made by 3.11, 3.12 and 3.13.
     assert (
         digest('def f(*a, b=None, **k) -> int:\n    return f"{a!r:>{b}}", {**k}, ..., [i for i in a]\n')[:8]
-        == "145cac99"
+        == "98720ac0"
     )
 
 
@@ -146,6 +146,19 @@ def test_refresh_leaves_a_failing_notebook_as_it_was(home, monkeypatch):
     with pytest.raises(notebooks.NotebookError, match="ZeroDivisionError"):
         notebooks.refresh([], report=lambda line: None)
     assert path.read_bytes() == before
+
+
+def test_the_readme_lists_the_notebooks_and_the_committed_figures():
+    """Stale tables in README.md: `make notebooks` writes them anew."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert notebooks.readme(text) == text
+    assert text.count("](notebooks/") == len(notebooks.listing())
+    assert "| `digits` |" in text
+
+
+def test_a_readme_without_its_blocks_is_refused():
+    with pytest.raises(notebooks.NotebookError, match="must hold one block"):
+        notebooks.readme("# nothing here")
 
 
 @pytest.mark.slow

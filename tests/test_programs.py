@@ -11,10 +11,9 @@ import torch
 from scipy.optimize import linprog
 from torch import nn
 
-from faithkd.bounds import METHODS, difference_bounds, faithfulness_upper_bound
+from faithkd.bounds import METHODS, difference_bounds, faithfulness_upper_bound, programs
 from faithkd.bounds import linear as lin
 from faithkd.bounds import network as net
-from faithkd.bounds import programs
 from faithkd.errors import FaithkdError
 
 cp = pytest.importorskip("cvxpy")
@@ -59,7 +58,7 @@ def prepared(network, x, eps):
 
 
 def exact_maximum(network, x, eps, row):
-    """Largest row . z over all activation patterns of a net with two hidden layers, each pattern an LP in x alone."""
+    """Largest row . z over all activation patterns of two hidden layers, each pattern an LP in x alone."""
     (w1, b1), (w2, b2), (w3, b3) = (
         (network[k].weight.detach().numpy(), network[k].bias.detach().numpy()) for k in (0, 2, 4)
     )
@@ -81,7 +80,7 @@ def exact_maximum(network, x, eps, row):
 
 
 def lp_by_scipy(ready, bounds, row):
-    """The relaxation of eq. (8) written once more, in rows for scipy: variables are all layer inputs and the logits."""
+    """The relaxation of eq. (8) once more, for scipy: the variables are all layer inputs and the logits."""
     sizes = [math.prod(shape) for shape in ready.shapes]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     equal, equal_to, below, below_than = [], [], [], []
@@ -384,3 +383,12 @@ def test_a_program_past_gurobis_licence_is_refused_by_size():
     if not reason:
         pytest.skip("this Gurobi licence has no size limit")
     assert "size-limited" in reason
+
+
+@pytest.mark.parametrize("status", ["infeasible", "infeasible_inaccurate", "unbounded", "solver_error"])
+def test_a_dual_bound_is_read_only_beside_a_status_that_gives_it_meaning(status):
+    problem = cp.Problem(cp.Maximize(cp.Variable()))
+    answer(problem, cp.USER_LIMIT, 0.0, mip_dual_bound=-5.0)
+    assert programs.dual_bound(problem) == 5.0
+    answer(problem, status, 0.0, mip_dual_bound=-5.0)
+    assert programs.dual_bound(problem) == math.inf

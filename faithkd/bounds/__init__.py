@@ -1,7 +1,8 @@
 """Upper bounds of the faithfulness gap delta* = max ||f_t(x') - f_s(x')||_inf over the ball B_eps(x) (§4.2).
 
-Read in this order: `network` (what is accepted), `linear` (intervals and CROWN), `softmax` (eqs 10 and 11), `programs`
-(LP and MILP, eqs 8 to 11). Each method's bound is also capped by all cheaper ones: interval >= crown >= lp >= milp.
+Read in this order: `network` (what is accepted), `linear` (intervals and CROWN), `softmax` (eqs 10 and 11),
+`programs` (LP and MILP, eqs 8 to 11). Each method's bound is also capped by all cheaper ones: interval >=
+crown >= lp >= milp.
 """
 
 import difflib
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from faithkd.bounds.linear import box_differences, crown, image_chunk, interval, row_differences
+from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.network import Network, ball, check_images, prepare, prepare_pair
 from faithkd.bounds.softmax import pair_bound, softmax_interval
 from faithkd.errors import FaithkdError
@@ -31,7 +32,7 @@ NOT_FINITE = "not finite: trivial bound 1"
 
 @dataclass(frozen=True)
 class UpperBound:
-    """Certified upper bounds of delta*, `values` `(N,)` in [0, 1], the `method` and what limited each image."""
+    """Certified upper bounds of delta*, `values` `(N,)` in [0, 1]; `status` says what limited each image."""
 
     values: Tensor
     method: str
@@ -74,17 +75,18 @@ def faithfulness_upper_bound(
     max_nodes: int = 10_000,
     progress: bool = False,
 ) -> UpperBound:
-    """FaithUB of each image, a certified upper bound of max over B_eps(x) of ||f_t(x') - f_s(x')||_inf, eq. (11).
+    """FaithUB of each image: certified to be at least ||f_t(x') - f_s(x')||_inf on all of B_eps(x), eq. (11).
 
-    `teacher`, `student`: torch.nn.Sequential of Linear, ReLU, Conv2d, MaxPool2d and Flatten, returning logits `(N, C)`.
-    `x`: `(N, *image)` in the networks' input space; `eps`: radius in the same units; `clip`: `(low, high)`, the range of
-    valid images, broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and milp): "highs", "gurobi", or "auto",
-    Gurobi where its licence is large enough. `max_nodes` (milp): branch-and-bound nodes per logit difference; where they
-    run out, the dual bound reached by then is used, and the status says so.
+    `teacher`, `student`: torch.nn.Sequential of Linear, ReLU, Conv2d, MaxPool2d and Flatten, returning logits
+    `(N, C)`. `x`: `(N, *image)` in the networks' input space; `eps`: radius in the same units; `clip`: `(low,
+    high)`, the range of valid images, broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and
+    milp): "highs", "gurobi", or "auto", Gurobi where its licence is large enough. `max_nodes` (milp):
+    branch-and-bound nodes per logit difference; where they run out, the dual bound reached by then is used,
+    and the status says so.
 
-    Values hold for the networks as functions of real numbers; float64 rounding is accounted for, so that no solver's word
-    is taken for "lp". For "milp" the solver's dual bound is, loosened by `programs.margin`. Raises FaithkdError for
-    whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
+    Values hold for the networks as functions of real numbers; float64 rounding is accounted for, so that no
+    solver's word is taken for "lp". For "milp" the solver's dual bound is, loosened by `programs.margin`.
+    Raises FaithkdError for whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
     """
     choices = Choices(method, solver, max_nodes, progress)
     x = check_images(x)
@@ -93,7 +95,7 @@ def faithfulness_upper_bound(
     values, status = torch.ones(len(x), dtype=torch.float64), []
     climbs = [climber(network, choices) for network in pair]
     # the same pieces for every method, so that the ladder of methods holds to the last bit
-    for part in torch.arange(len(x)).split(image_chunk(pair)) if len(x) else []:
+    for part in image_chunks(pair, len(x)):
         (of_teacher, teacher_notes), (of_student, student_notes) = (
             climb(lower[part], upper[part]) for climb in climbs
         )
@@ -107,7 +109,7 @@ def faithfulness_upper_bound(
 
 
 def climber(network: Network, choices: Choices) -> Callable[[Tensor, Tensor], tuple[list[Tensor], list[str]]]:
-    """A function from boxes of images to the bounds of z_j - z_i `(N, C, C)` by each method up to the chosen one.
+    """A function from boxes of images to bounds of z_j - z_i `(N, C, C)`, by each method in turn.
 
     It also returns a note per image. Programs are compiled once, when the function is made.
     """
@@ -132,8 +134,8 @@ def climber(network: Network, choices: Choices) -> Callable[[Tensor, Tensor], tu
                 one = [(low[k : k + 1], high[k : k + 1]) for low, high in boxes]
                 highest[k], notes[k] = solve(one, highest[k])
                 if choices.progress:
-                    print(f"\r{name}: {k + 1} of {len(lower)} images in this part", end="\n"[: k + 1 == len(lower)],
-                          file=sys.stderr, flush=True)  # fmt: skip
+                    told = f"\r{name}: image {k + 1} of {len(lower)} of this part"
+                    print(told, end="\n" if k + 1 == len(lower) else "", file=sys.stderr, flush=True)
             rungs.append(highest)
         return rungs, notes
 
@@ -150,25 +152,20 @@ def difference_bounds(
     clip: tuple | None = None,
     max_nodes: int = 10_000,
 ) -> Tensor:
-    """Certified maximum of every logit difference z_j - z_i over the ball, at [n, i, j] of `(N, C, C)`, eqs (8) and (9).
+    """Certified maximum of each logit difference z_j - z_i over the ball, `(N, C, C)` at [n, i, j], eq. (9).
 
-    Minima follow by antisymmetry: min (z_j - z_i) = -result[n, j, i]. +inf where nothing could be certified. Arguments and
-    errors as in `faithfulness_upper_bound`.
+    Minima follow by antisymmetry: min (z_j - z_i) = -result[n, j, i]. +inf where nothing could be certified.
+    Arguments and errors as in `faithfulness_upper_bound`.
     """
     choices = Choices(method, solver, max_nodes)
     x = check_images(x)
     prepared = prepare(network, tuple(x.shape[1:]))
     lower, upper = ball(x, eps, clip)
     climb = climber(prepared, choices)
-    found = [
-        climb(lower[part], upper[part])[0][-1]
-        for part in torch.arange(len(x)).split(image_chunk((prepared,)))
-    ]
-    return (
-        torch.cat(found)
-        if len(x)
-        else torch.zeros(0, prepared.classes, prepared.classes, dtype=torch.float64)
-    )
+    found = torch.zeros(len(x), prepared.classes, prepared.classes, dtype=torch.float64)
+    for part in image_chunks((prepared,), len(x)):
+        found[part] = climb(lower[part], upper[part])[0][-1]
+    return found
 
 
 def softmax_bounds(network: nn.Sequential, x: Tensor, eps: float, **choices) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,12 @@
 """Interval arithmetic and linear bounds (CROWN) through a whole network, in float64 and rounded outwards.
 
-`bounds` is a list of boxes: `bounds[k] = (lower, upper)`, each `(N, *shape)`, holds everything that can reach layer k
-when the input moves in the ball `bounds[0]`; the last box is that of the logits.
+`bounds` is a list of boxes: `bounds[k] = (lower, upper)`, each `(N, *shape)`, holds everything that can reach
+layer k when the input moves in the ball `bounds[0]`; the last box is that of the logits.
 
-Rounding. A sum of n products, in whatever order, is off by at most gamma(n) times the sum of the absolute values. So
-every step below adds that much to the bound: gamma times |row| . size, where `size` bounds the absolute terms that the
-layer sums up over its certified input box. What is certified is the network as a function of real numbers with exactly
-these weights; a float32 evaluation of it has its own rounding on top.
+Rounding. A sum of n products, in whatever order, is off by at most gamma(n) times the sum of the absolute
+values. So every step below adds that much to the bound: gamma times |row| . size, where `size` bounds the
+absolute terms that the layer sums up over its certified input box. What is certified is the network as a
+function of real numbers with exactly these weights; a float32 evaluation of it has its own rounding on top.
 """
 
 import math
@@ -53,7 +53,7 @@ def largest(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def absolute(layer: nn.Module, size: Tensor) -> Tensor:
-    """Sum of the absolute values of all terms that an affine layer adds up for inputs no larger than `size`."""
+    """Sum of the absolute terms that an affine layer adds up for inputs no larger than `size`."""
     return affine(layer, size, layer.weight.abs(), None if layer.bias is None else layer.bias.abs())
 
 
@@ -63,7 +63,7 @@ def dot(rows: Tensor, values: Tensor) -> Tensor:
 
 
 def crown(network: Network, lower: Tensor, upper: Tensor) -> list[Box]:
-    """Boxes of every layer's input and of the logits, those before ReLU and max-pool refined by backward passes.
+    """Boxes of every layer's input and of the logits, refined by backward passes before ReLU and max-pool.
 
     Zhang et al. (2018) on the relaxations of Ehlers (2017), intersected with interval arithmetic everywhere.
     """
@@ -83,9 +83,10 @@ def crown(network: Network, lower: Tensor, upper: Tensor) -> list[Box]:
 
 
 def refine(network: Network, bounds: list[Box], k: int) -> Box:
-    """Box of layer k's input, made tighter by one backward pass up and one down for each place that needs it."""
+    """Box of layer k's input, tightened by a backward pass up and one down for each place that needs it."""
     lower, upper = bounds[k][0].flatten(1).clone(), bounds[k][1].flatten(1).clone()
-    # a ReLU that interval arithmetic has settled is exact; each image decides for itself, so batches do not matter
+    # a ReLU that interval arithmetic has settled is exact; each image decides for itself, so batches do not
+    # matter
     is_relu = isinstance(network.layers[k], nn.ReLU)
     unsettled = (lower < 0) & (upper > 0) if is_relu else torch.ones_like(lower, dtype=torch.bool)
     places = unsettled.any(0).nonzero()[:, 0]
@@ -103,16 +104,18 @@ def refine(network: Network, bounds: list[Box], k: int) -> Box:
 
 def row_chunks(network: Network, images: int, rows: int) -> tuple[Tensor, ...]:
     """Row numbers 0 .. `rows` - 1 in pieces whose backward pass stays within BUDGET."""
-    widest = max(math.prod(shape) for shape in network.shapes)
-    return torch.arange(rows).split(max(1, BUDGET // (images * widest)))
+    return torch.arange(rows).split(max(1, BUDGET // (images * widest(network))))
 
 
-def image_chunk(networks: tuple[Network, ...]) -> int:
-    """How many images one pass over all difference rows may take within BUDGET."""
-    return min(
-        max(1, BUDGET // (net.classes * (net.classes - 1) * max(math.prod(shape) for shape in net.shapes)))
-        for net in networks
-    )
+def image_chunks(networks: tuple[Network, ...], images: int) -> tuple[Tensor, ...]:
+    """Image numbers 0 .. `images` - 1 in pieces; all difference rows of one piece stay within BUDGET."""
+    largest_pass = max(net.classes * (net.classes - 1) * widest(net) for net in networks)
+    return torch.arange(images).split(max(1, BUDGET // largest_pass)) if images else ()
+
+
+def widest(network: Network) -> int:
+    """Numbers in the largest layer, the input included."""
+    return max(math.prod(shape) for shape in network.shapes)
 
 
 def backward(
@@ -122,11 +125,13 @@ def backward(
     at: int | None = None,
     slopes: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """Certified maximum over the ball of each linear form on what goes into layer `at` (default: on the logits).
+    """Certified maximum over the ball of each linear form on the input of layer `at` (default: on the
+    logits).
 
     `rows`: `(1 or N, R, *shapes[at])`. `bounds`: boxes of at least the inputs of layers 0 .. at - 1.
-    `slopes`: for any ReLU layer k, lower slopes `(1 or N, R, *shapes[k])` of its unsettled units, cut to [0, 1]; any
-    value is valid, without them CROWN's adaptive choice is made. Returns `(N, R)`; what overflows is +inf.
+    `slopes`: for any ReLU layer k, lower slopes `(1 or N, R, *shapes[k])` of its unsettled units, cut to [0,
+    1]; any value is valid, without them CROWN's adaptive choice is made. Returns `(N, R)`; what overflows is
+    +inf.
     """
     at = len(network.layers) if at is None else at
     total = torch.zeros(len(bounds[0][0]), rows.shape[1], dtype=torch.float64)
@@ -167,7 +172,7 @@ def back_affine(layer: nn.Module, rows: Tensor, lower: Tensor, upper: Tensor) ->
 
 
 def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ehlers' triangle: relu(z) <= slope z + shift on [lower, upper]; and CROWN's adaptive lower slope, 0 or 1.
+    """Ehlers' triangle, relu(z) <= slope z + shift on [lower, upper], and CROWN's lower slope, 0 or 1.
 
     Units that are always on have slope 1, those always off have slope 0, above and below, and no shift.
     """
@@ -180,7 +185,7 @@ def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def back_relu(rows: Tensor, lower: Tensor, upper: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """row . relu(z) bounded above: the triangle's upper line where the row is positive, a lower line elsewhere."""
+    """row . relu(z) bounded above: the triangle's upper line where the row is positive, else a lower line."""
     slope, shift, below = (line.unsqueeze(1) for line in relu_lines(lower, upper))
     if slopes is not None:
         unsettled = ((lower < 0) & (upper > 0)).unsqueeze(1)
@@ -196,8 +201,9 @@ def back_pool(
 ) -> tuple[Tensor, Tensor]:
     """row . maxpool(z) bounded above.
 
-    Below stands one input of the window, the one with the largest lower bound. Above stands that same input where it
-    beats all others on the whole box, elsewhere the constant largest upper bound (the paper's interval rule, §4.2).
+    Below stands one input of the window, the one with the largest lower bound. Above stands that same input
+    where it beats all others on the whole box, elsewhere the constant largest upper bound (the paper's
+    interval rule, §4.2).
     """
     places = windows(pool, shape)
     low, high = (
@@ -226,7 +232,7 @@ def difference_rows(classes: int) -> tuple[Tensor, Tensor]:
 
 
 def as_matrix(values: Tensor, pairs: Tensor, classes: int) -> Tensor:
-    """Maxima of the difference rows `(N, C(C-1))` as `(N, C, C)`: entry (i, j) bounds z_j - z_i above, 0 for i = j.
+    """Maxima of the difference rows `(N, C(C-1))` as `(N, C, C)`: entry (i, j) bounds z_j - z_i above.
 
     Minima need no rows of their own: min (z_j - z_i) = -max (z_i - z_j).
     """
@@ -245,7 +251,7 @@ def box_differences(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def row_differences(network: Network, bounds: list[Box], slopes: dict[int, Tensor] | None = None) -> Tensor:
-    """Largest z_j - z_i, each bounded as one output row and never above the box of logits: `(N, C, C)` at (i, j)."""
+    """Largest z_j - z_i, each bounded as one row and never above the logits' box: `(N, C, C)` at (i, j)."""
     rows, pairs = difference_rows(network.classes)
     found = []
     for chunk in row_chunks(network, len(bounds[0][0]), len(rows)):

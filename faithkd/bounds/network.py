@@ -1,7 +1,8 @@
 """What the bounds are computed on: a checked float64 copy of a network, and the ball around each image.
 
-Every layer is used here as the plain mathematical map it stands for, in exact terms: a convolution is zero padding
-followed by a linear map, max-pooling is a maximum over windows of indices. What cannot be read that way is refused.
+Every layer is used here as the plain mathematical map it stands for, in exact terms: a convolution is zero
+padding followed by a linear map, max-pooling is a maximum over windows of indices. What cannot be read that
+way is refused.
 """
 
 import copy
@@ -20,7 +21,7 @@ LAYERS = (*AFFINE, nn.ReLU, nn.MaxPool2d, nn.Flatten)
 
 @dataclass(frozen=True)
 class Network:
-    """Layers in float64 and, for each, the shape of its input: `shapes[k]` goes into `layers[k]`, `shapes[-1]` is `(C,)`."""
+    """Layers in float64 and their shapes: `shapes[k]` goes into `layers[k]`, `shapes[-1]` is `(C,)`."""
 
     layers: tuple[nn.Module, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -50,7 +51,7 @@ def flatten(sequential: nn.Sequential, name: str, prefix: str = "") -> list[tupl
 
 
 def refuse_hooks(module: nn.Module, where: str) -> None:
-    """A hook may change what a layer computes (pruning, old weight norm), so its weights alone say nothing certain."""
+    """A hook may change what a layer computes (pruning, weight norm): its weights are not all of it."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         raise FaithkdError(f"{where}: a forward hook changes this layer; remove it before asking for a bound")
 
@@ -86,7 +87,7 @@ def check_layer(module: nn.Module, where: str) -> None:
 
 
 def prepare(network: nn.Sequential, shape: tuple[int, ...], name: str = "network") -> Network:
-    """Check `network` for images of `shape` and copy it to float64 on the CPU; the caller's network is left as it is.
+    """Check `network` for images of `shape` and copy it to float64 on the CPU; the original is left alone.
 
     Raises FaithkdError for anything that cannot be bounded, with the layer's position.
     """
@@ -95,6 +96,8 @@ def prepare(network: nn.Sequential, shape: tuple[int, ...], name: str = "network
         where = f"{name}, layer {position}"
         check_layer(module, where)
         layer = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval().requires_grad_(False)
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False  # else it would overwrite the very boxes it is asked about
         shapes.append(output_shape(layer, shapes[-1], where))
         layers.append(layer)
     if len(shapes[-1]) != 1 or shapes[-1][0] < 2:
@@ -151,8 +154,8 @@ def check_images(x: Tensor) -> Tensor:
 def ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
     """Ends of the ball B_eps(x) of Def. 2, each one ulp outwards: two tensors like `x`.
 
-    `clip=(low, high)`, broadcastable to `x`, cuts the ball to the range of valid images. An image that leaves that range
-    by no more than rounding keeps its own point; one that leaves it further is an error.
+    `clip=(low, high)`, broadcastable to `x`, cuts the ball to the range of valid images. An image that leaves
+    that range by no more than rounding keeps its own point; one that leaves it further is an error.
     """
     try:
         eps = float(eps)
@@ -221,7 +224,7 @@ def transpose(layer: nn.Module, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def windows(pool: nn.MaxPool2d, shape: tuple[int, ...]) -> Tensor:
-    """For each output place of a max-pool the flat places (row * width + column) in its window; -1 is padding.
+    """The flat places (row * width + column) in the window of each output of a max-pool; -1 is padding.
 
     `(window size, output places)`, the same for all channels.
     """

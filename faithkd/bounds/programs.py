@@ -1,11 +1,11 @@
 """FaithUB's linear programs, eqs (8) to (11), by cvxpy: the relaxation as an LP, the exact network as a MILP.
 
-One program per network is compiled once; images and logit differences are parameters of it. No solver is believed
-further than needed:
+One program per network is compiled once; images and logit differences are parameters of it. No solver is
+believed further than needed:
 
-* LP: only the dual multipliers are taken, as lower slopes of the ReLUs, and the bound is computed anew by our own backward
-  pass, which is valid for any slopes. By strong duality nothing is lost when the multipliers are right.
-* MILP: only the dual bound counts. `problem.value` is the best point found, a *lower* bound whenever a limit was hit.
+* LP: only the dual multipliers are taken, as lower slopes of the ReLUs, and the bound is computed anew by our
+  own backward pass, which is valid for any slopes. By strong duality nothing is lost when they are right.
+* MILP: only the dual bound counts. `problem.value` is the best point found: a *lower* bound at any limit.
 """
 
 import functools
@@ -42,21 +42,13 @@ GUROBI = {
     "MIPGap": TOLERANCE,
     "Threads": 1,
 }
-GUROBI_LIMITS = (
-    2,
-    7,
-    8,
-    9,
-    10,
-    11,
-    16,
-    17,
-)  # Model.Status: optimal, or stopped by a limit with a valid ObjBound
+# Model.Status: optimal, or stopped by a limit with a valid ObjBound
+GUROBI_LIMITS = {2, 7, 8, 9, 10, 11, 16, 17}
 
 
 @dataclass(frozen=True)
 class Program:
-    """max t subject to t == row . z, z the logits; `values` maps each layer to its parameters and how to fill them."""
+    """One network's program: `row` chooses the objective, `fill` sets an image's boxes, layer by layer."""
 
     problem: cp.Problem
     row: cp.Parameter
@@ -65,7 +57,7 @@ class Program:
 
 
 def matrix(layer: nn.Module, shape: tuple[int, ...]) -> tuple[sp.csr_array, np.ndarray]:
-    """An affine layer as W, b on flattened inputs: the identity pushed through it, in pieces to bound memory."""
+    """An affine layer as W, b on flat inputs: the identity pushed through it, in pieces to bound memory."""
     size = math.prod(shape)
     columns = []
     for piece in torch.arange(size).split(max(1, 2**22 // size)):
@@ -84,13 +76,13 @@ def build(network: Network, integer: bool) -> Program:
 
         maximise    t
         subject to  t == row . z_last
-                    x0 - eps <= z0 <= x0 + eps                                   bounds of the variable, not rows
+                    x0 - eps <= z0 <= x0 + eps                        (bounds of the variable, no rows)
                     Linear, Conv2d:   y == W z + b
-                    ReLU:             y >= 0,  y >= z                            (lower pieces)
-                        LP:           y <= u (z - l) / (u - l)                   (Ehlers; y <= z or y <= 0 where settled)
+                    ReLU:             y >= 0,  y >= z                (lower pieces)
+                        LP:           y <= u (z - l) / (u - l)       (Ehlers; y <= z or 0 where settled)
                         MILP:         y <= z - min(l, 0) (1 - a),  y <= max(u, 0) a,   a in {0, 1}
                     MaxPool2d:        y >= z_p for every p in the window
-                        LP:           y <= max_p u_p                             (the paper's interval rule)
+                        LP:           y <= max_p u_p                 (the paper's interval rule)
                         MILP:         y <= z_p + (max u - l_p) (1 - b_p),  sum_p b_p == 1,  b_p in {0, 1}
     """
     size = math.prod(network.shapes[0])
@@ -140,7 +132,7 @@ def relu_lp(y: cp.Variable, z: cp.Variable):
 
 
 def relu_milp(y: cp.Variable, z: cp.Variable):
-    """The two pieces of y = max(z, 0) from above, chosen by a binary; presolve removes those of settled units."""
+    """The two pieces of y = max(z, 0) from above, chosen by a binary; presolve settles the settled ones."""
     drop, rise = cp.Parameter(y.size, nonneg=True), cp.Parameter(y.size, nonneg=True)
     active = cp.Variable(y.size, boolean=True)
 
@@ -198,7 +190,7 @@ def window_max(values: np.ndarray, outputs: np.ndarray, inputs: np.ndarray, size
 def solver(
     network: Network, method: str, name: str, max_nodes: int
 ) -> Callable[[list[Box], Tensor], tuple[Tensor, str]]:
-    """A function from one image's boxes and its bounds `(C, C)` so far to better ones and a note, "" if all went well."""
+    """A function from one image's boxes and bounds `(C, C)` so far to better ones and a note, "" for none."""
     program = build(network, integer=method == "milp")
     options = solver_options(program, name, max_nodes if method == "milp" else None)
     improve = milp_differences if method == "milp" else lp_differences
@@ -206,17 +198,19 @@ def solver(
 
 
 def solver_options(program: Program, name: str, max_nodes: int | None) -> dict:
-    """Keyword arguments of `problem.solve` for "highs", "gurobi" or "auto"; says once why Gurobi is not used."""
+    """Keyword arguments of `problem.solve` for "highs", "gurobi" or "auto"; warns once without Gurobi."""
     if name != "highs":
         refused = gurobi_refusal(program)
         if not refused:
             limit = {} if max_nodes is None else {"NodeLimit": max_nodes}
-            return {"solver": "GUROBI", "env": gurobi_environment(), **GUROBI, **limit}
+            return {"solver": "GUROBI", "warm_start": False, "env": gurobi_environment(), **GUROBI, **limit}
         if name == "gurobi":
             raise FaithkdError(f"Gurobi cannot be used: {refused}; choose solver='highs'")
         warn_once(f"Gurobi is not used: {refused}; HiGHS solves instead")
     check_highs(milp=max_nodes is not None)
-    return {"solver": "HIGHS", **HIGHS, **({} if max_nodes is None else {"mip_max_nodes": max_nodes})}
+    limit = {} if max_nodes is None else {"mip_max_nodes": max_nodes}
+    # no warm start: what was solved before must not change an answer
+    return {"solver": "HIGHS", "warm_start": False, **HIGHS, **limit}
 
 
 @functools.cache
@@ -236,7 +230,7 @@ def check_highs(milp: bool) -> None:
     numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:3])
     if milp and numbers < OLDEST_HIGHS:
         raise FaithkdError(
-            f"HiGHS {version} can report a wrong optimum of a MILP; upgrade it by: pip install 'highspy>=1.15.1'"
+            f"HiGHS {version} can give a wrong optimum of a MILP; upgrade it: pip install 'highspy>=1.15.1'"
         )
 
 
@@ -252,7 +246,7 @@ def gurobi_environment():
 
 
 def gurobi_refusal(program: Program) -> str:
-    """Why Gurobi cannot solve a program of this size here, "" if it can: found out by letting it try an empty one.
+    """Why Gurobi cannot solve a program of this size here, "" if it can: it is made to try an empty one.
 
     cvxpy swallows the licence error, so it has to be provoked outside of it.
     """
@@ -265,8 +259,9 @@ def gurobi_refusal(program: Program) -> str:
     try:
         with gurobipy.Model(env=gurobi_environment()) as model:
             x = model.addMVar(variables, ub=1.0)
-            model.addMConstr(sp.csr_array((np.ones(rows), (np.arange(rows), np.zeros(rows))), shape=(rows, variables)),
-                             x, "<", np.ones(rows))  # fmt: skip
+            ones = np.ones(rows)
+            some = sp.csr_array((ones, (np.arange(rows), np.zeros(rows, int))), shape=(rows, variables))
+            model.addMConstr(some, x, "<", ones)
             model.optimize()
     except gurobipy.GurobiError as problem:
         return f"{problem} ({variables} variables, {rows} rows)"
@@ -280,11 +275,12 @@ def set_image(program: Program, bounds: list[Box]) -> None:
 
 
 def all_finite(bounds: list[Box]) -> bool:
+    """Whether every box has finite ends, as the solvers need."""
     return all(bool(torch.isfinite(end).all()) for box in bounds for end in box)
 
 
 def attempt(program: Program, row: Tensor, options: dict) -> bool:
-    """Solve for one row; False if the solver or cvxpy gave up, in which case nothing in the problem may be read."""
+    """Solve for one row; False if the solver or cvxpy gave up: nothing in the problem may be read then."""
     program.row.value = row.numpy()
     try:
         with warnings.catch_warnings():
@@ -298,13 +294,16 @@ def attempt(program: Program, row: Tensor, options: dict) -> bool:
 def lp_differences(
     network: Network, program: Program, options: dict, bounds: list[Box], highest: Tensor
 ) -> tuple[Tensor, str]:
-    """The LP's maxima of z_j - z_i, certified from its multipliers: `highest` `(C, C)` made smaller where they help.
+    """The LP's maxima of z_j - z_i, certified from its multipliers: `highest` `(C, C)` or smaller.
 
-    The multipliers of y >= 0 and y >= z say how the solver mixed the two lower pieces of each ReLU: their share is a lower
-    slope in [0, 1]. `backward` with these slopes is the LP's dual objective, in our own arithmetic.
+    The multipliers of y >= 0 and y >= z say how the solver mixed the two lower pieces of each ReLU: their
+    share is a lower slope in [0, 1]. `backward` with these slopes is the LP's dual objective, in our own
+    arithmetic.
     """
     if not all_finite(bounds):
         return highest, "LP not tried: boxes not finite"
+    if not any(((bounds[k][0] < 0) & (bounds[k][1] > 0)).any() for k in program.multipliers):
+        return highest, ""  # no lower slope is free, so CROWN's choice is the only one
     set_image(program, bounds)
     rows, pairs = difference_rows(network.classes)
     slopes = {
@@ -321,12 +320,8 @@ def lp_differences(
     values = backward(
         network, bounds, rows.unsqueeze(0), slopes={k: slope.unsqueeze(0) for k, slope in slopes.items()}
     )
-    note = (
-        f"LP without multipliers for {missing} of {len(rows)} differences: CROWN's bound stays"
-        if missing
-        else ""
-    )
-    return torch.minimum(highest, as_matrix(values, pairs, network.classes)[0]), note
+    note = f"LP without multipliers for {missing} of {len(rows)} differences: CROWN's bound stays"
+    return torch.minimum(highest, as_matrix(values, pairs, network.classes)[0]), note if missing else ""
 
 
 def read_slopes(program: Program) -> dict[int, np.ndarray] | None:
@@ -345,7 +340,7 @@ def read_slopes(program: Program) -> dict[int, np.ndarray] | None:
 def milp_differences(
     network: Network, program: Program, options: dict, bounds: list[Box], highest: Tensor
 ) -> tuple[Tensor, str]:
-    """The MILP's certified maxima of z_j - z_i: `highest` `(C, C)` made smaller by the solver's dual bounds."""
+    """The MILP's maxima of z_j - z_i: `highest` `(C, C)` made smaller by the solver's dual bounds."""
     if not all_finite(bounds):
         return highest, "MILP not tried: boxes not finite"
     set_image(program, bounds)
@@ -365,20 +360,19 @@ def milp_differences(
             continue
         limited += program.problem.status != cp.OPTIMAL
         highest[i, j] = min(highest[i, j].item(), bound)
-    notes = [f"node limit: dual bound used for {limited} of {len(rows)} differences"] if limited else []
-    notes += (
-        [f"MILP without a usable bound for {failed} of {len(rows)} differences: the LP's stays"]
-        if failed
-        else []
-    )
+    notes = []
+    if limited:
+        notes.append(f"node limit: dual bound used for {limited} of {len(rows)} differences")
+    if failed:
+        notes.append(f"MILP without a usable bound for {failed} of {len(rows)} differences: the LP's stays")
     return highest, ", ".join(notes)
 
 
 def dual_bound(problem: cp.Problem) -> float:
     """The solver's own upper bound of the maximum, +inf if it has none that can be used.
 
-    cvxpy minimises -t, so the solvers' bounds come with the opposite sign. A program that holds at least the image itself
-    cannot be infeasible: such an answer is a failure, and its bound (an infinity) is not read.
+    cvxpy minimises -t, so the solvers' bounds come with the opposite sign. A program that holds at least the
+    image itself cannot be infeasible: such an answer is a failure, and its bound (an infinity) is not read.
     """
     stats = problem.solver_stats
     if stats is None or stats.extra_stats is None:
@@ -387,17 +381,17 @@ def dual_bound(problem: cp.Problem) -> float:
         usable = stats.extra_stats.Status in GUROBI_LIMITS
         bound = stats.extra_stats.ObjBound if usable else -math.inf
     else:
-        bound = (
-            stats.extra_stats.mip_dual_bound if problem.status in (cp.OPTIMAL, cp.USER_LIMIT) else -math.inf
-        )
+        usable = problem.status in (cp.OPTIMAL, cp.USER_LIMIT)
+        bound = stats.extra_stats.mip_dual_bound if usable else -math.inf
     return -bound if math.isfinite(bound) else math.inf
 
 
 def margin(bounds: list[Box]) -> float:
-    """What a dual bound is loosened by, relative to 1 + |bound|, because a solver's arithmetic is only within tolerances.
+    """What a dual bound is loosened by, relative to 1 + |bound|: solvers compute within tolerances only.
 
-    Reduced costs and rows may each be off by TOLERANCE, which a variable's range multiplies; so TOLERANCE times (1 + the sum
-    of all ranges in the program), and never less than 1e-7. This is a margin, not a proof: MILP values rest on it.
+    Reduced costs and rows may each be off by TOLERANCE, which a variable's range multiplies; so TOLERANCE
+    times (1 + the sum of all ranges in the program), and never less than 1e-7. This is a margin, not a proof:
+    MILP values rest on it.
     """
     ranges = sum((upper - lower).sum().item() for lower, upper in bounds)
     return max(1e-7, TOLERANCE * (1 + ranges))

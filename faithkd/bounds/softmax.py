@@ -12,8 +12,9 @@ from torch import Tensor
 def softmax_interval(highest: Tensor) -> tuple[Tensor, Tensor]:
     """Interval of each softmax component over a box of logit differences, eq. (10).
 
-    `highest`: `(..., C, C)`. Returns lower and upper `(..., C)` in [0, 1]; NaN gives the trivial 0 and 1. Written as
-    sigmoid(-log-sum-exp): no overflow for any input, and no guard in a denominator that would spoil the bound.
+    `highest`: `(..., C, C)`. Returns lower and upper `(..., C)` in [0, 1]; NaN gives the trivial 0 and 1.
+    Written as sigmoid(-log-sum-exp): no overflow for any input, and no guard in a denominator that would
+    spoil the bound.
     """
     classes = highest.shape[-1]
     own = torch.eye(classes, dtype=torch.bool)
@@ -26,8 +27,9 @@ def softmax_interval(highest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pair_bound(teacher: Tensor, student: Tensor) -> Tensor:
-    """Upper bound of max ||f_t(x) - f_s(x)||_inf over the ball, eq. (11): two `(N, C, C)` to `(N,)` in [0, 1]."""
+    """Upper bound of ||f_t(x) - f_s(x)||_inf over the ball, two `(N, C, C)` to `(N,)` in [0, 1], eq. (11)."""
     teacher_lower, teacher_upper = softmax_interval(teacher)
     student_lower, student_upper = softmax_interval(student)
     gap = torch.maximum(teacher_upper - student_lower, student_upper - teacher_lower).amax(-1)
-    return (gap + 2.0**-52).nan_to_num(1.0).clamp(0, 1)
+    unknown = (teacher.isnan() | student.isnan()).flatten(-2).any(-1)
+    return (gap + 2.0**-52).masked_fill(unknown, 1.0).clamp(0, 1)

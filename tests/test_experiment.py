@@ -1,0 +1,209 @@
+"""The experiments end to end on the smoke profile: what is stored, what is found again, what is refused."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from faithkd import data, evaluation, experiment, figures, losses, paper, params, tables
+from faithkd.losses import Method
+from faithkd.paper import STUDENTS
+
+
+@pytest.fixture(scope="module")
+def p(tmp_path_factory):
+    """The smoke profile, still smaller, in a store of its own."""
+    changes = {"evaluate.eps": [0.05, 0.2], "data.test_images": 20, "evaluate.figure1.points": 9}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAITHKD_STORE", str(tmp_path_factory.mktemp("store")))
+        yield params.load("smoke", changes)
+
+
+@pytest.fixture(scope="module")
+def robustness(p):
+    return experiment.robustness(p)
+
+
+@pytest.fixture(scope="module")
+def faithfulness(p):
+    return experiment.faithfulness(p)
+
+
+def count_trainings(monkeypatch):
+    calls, fit = [], experiment.training.fit
+
+    def counted(*arguments, **options):
+        calls.append(options["description"])
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(experiment.training, "fit", counted)
+    return calls
+
+
+def test_networks_are_found_again_and_follow_what_they_depend_on(p, monkeypatch):
+    first = experiment.student(p, "FD")
+    calls = count_trainings(monkeypatch)
+    assert experiment.fingerprint(experiment.student(p, "FD")) == experiment.fingerprint(first)
+    unrelated = params.load("smoke", {**p.overrides, "evaluate.steps": 7, "train.ARD.temperature": 9})
+    assert experiment.fingerprint(experiment.student(unrelated, "FD")) == experiment.fingerprint(first)
+    assert calls == []
+    related = params.load("smoke", {**p.overrides, "train.FD.temperature": 9})
+    assert experiment.fingerprint(experiment.student(related, "FD")) != experiment.fingerprint(first)
+    assert len(calls) == 1
+    assert experiment.fingerprint(experiment.student(p, "FD", alpha=float(p.train.FD.alpha))) == experiment.fingerprint(
+        first
+    )
+    assert len(calls) == 1, "an α that equals the parameters' is the same network"
+
+
+def test_an_edited_loss_is_trained_anew(p, monkeypatch):
+    before = experiment.fingerprint(experiment.student(p, "SD"))
+
+    def edited(student, teacher, x, x_adv, y, alpha, temperature):
+        return losses.cross_entropy(student(x), y).mean()
+
+    monkeypatch.setitem(losses.METHODS, "SD", Method(edited, None, "edited"))
+    assert experiment.fingerprint(experiment.student(p, "SD")) != before
+
+
+def test_unknown_methods_are_refused(p):
+    with pytest.raises(ValueError, match="there are RT, SD, ARD, RSLAD, FD"):
+        experiment.student(p, "XD")
+
+
+def test_fingerprints_see_every_weight(p):
+    network = experiment.teacher(p)
+    changed = copy.deepcopy(network)
+    with torch.no_grad():
+        changed[-1].bias[3] += 1e-6
+    assert experiment.fingerprint(changed) != experiment.fingerprint(network)
+
+
+def test_robustness_has_every_row_and_is_stored(p, robustness):
+    assert len(robustness) == 3 * 5 * p.data.test_images  # ε = 0 and two radii, teacher and four students
+    assert robustness.groupby("method")["robust"].count().nunique() == 1
+    pd.testing.assert_frame_equal(robustness, experiment.robustness(p))
+    assert robustness.loc[robustness["method"] == "RT", "agrees"].all(), "the teacher agrees with itself"
+
+
+def test_robustness_at_eps_0_is_clean_accuracy(p, robustness):
+    images, network = data.test_subset(p), experiment.student(p, "ARD")
+    clean = robustness.query("eps == '0' and method == 'ARD'")["robust"].to_numpy()
+    assert (clean == (evaluation.predictions(network, images.x) == images.y).numpy()).all()
+
+
+def test_faithfulness_brackets_every_image(faithfulness):
+    assert (faithfulness["EmpLB"] <= faithfulness["FaithUB"] + 1e-12).all()
+    assert faithfulness["FaithUB"].between(0, 1).all() and (faithfulness["EmpLB"] >= 0).all()
+    assert set(faithfulness["status"]) == {"certified"}
+    assert list(dict.fromkeys(faithfulness["eps"])) == ["0.05", "0.2"]
+
+
+def test_a_crossed_bracket_stops_everything(p, monkeypatch):
+    """Should a bound ever be wrong, the experiment must not go on with it."""
+    images, guide = data.test_subset(p)[slice(0, 3)], experiment.teacher(p)
+
+    def wrong(*arguments, **options):
+        return pd.DataFrame({"FaithUB": [0.0, float("nan"), 0.0], "status": ["certified"] * 3})
+
+    monkeypatch.setattr(experiment, "_upper_bound", wrong)
+    with pytest.raises(AssertionError, match="EmpLB > FaithUB"):
+        experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0871)
+
+
+def test_any_pair_can_be_measured(p):
+    torch.manual_seed(5)
+    mine = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    images = data.test_subset(p)[slice(0, 4)]
+    frame = experiment.bracket(p, experiment.teacher(p), mine, images, 0.1)
+    assert len(frame) == 4 and (frame["EmpLB"] <= frame["FaithUB"]).all()
+
+
+def test_table_1_counts_percent_in_the_papers_columns(robustness):
+    table = tables.table1(robustness)
+    assert list(table.columns) == list(paper.table("table1").columns)
+    assert table["eps"].tolist() == ["0", "0.05", "0.2"]
+    part = robustness.query("eps == '0.2' and method == 'FD'")
+    row = table.set_index("eps").loc["0.2"]
+    assert row["robust_accuracy_FD"] == 100 * part["robust"].sum() / len(part)
+    assert row["agreement_FD"] == 100 * part["agrees"].sum() / len(part)
+
+
+def test_table_2_is_mean_and_deviation_in_the_papers_columns(faithfulness):
+    table = tables.table2(faithfulness)
+    theirs = paper.table("table2")
+    assert list(table.columns[: len(theirs.columns)]) == list(theirs.columns)
+    values = faithfulness.query("eps == '0.2' and method == 'SD'")["FaithUB"].to_numpy()
+    row = table.query("eps == '0.2' and method == 'SD' and bound == 'FaithUB'").iloc[0]
+    assert row["mean"] == pytest.approx(values.mean()) and row["std"] == pytest.approx(np.std(values))
+    assert row["images"] == len(values)
+
+
+def test_table_3_and_flips():
+    def frame(method, by_steps):
+        rows = [(n, image, value) for n, values in by_steps.items() for image, value in enumerate(values)]
+        return pd.DataFrame(rows, columns=["steps", "image", "EmpLB"]).assign(method=method)
+
+    steps = pd.concat(
+        [frame("RSLAD", {1: [0.1, 0.5], 5: [0.3, 0.6]}), frame("FD", {1: [0.2, 0.1], 5: [0.25, 0.2]})],
+        ignore_index=True,
+    )
+    assert tables.flips(steps).set_index("image")["flips"].to_dict() == {0: 1, 1: 0}
+    assert tables.examples(steps, 1) == [0]
+    table = tables.table3(steps, [0])
+    assert list(table.columns) == ["example", "method", "pgd1", "pgd5", "image"]
+    assert table["method"].tolist() == ["RSLAD", "FD"] and table["pgd5"].tolist() == [0.3, 0.25]
+
+
+def test_table_5_names_alpha(p):
+    table = tables.table2(experiment.faithfulness(p, alphas=True), by="alpha")
+    assert set(paper.table("table5").columns) <= set(table.columns)
+    assert table["alpha"].unique().tolist() == [float(a) for a in p.ablation.alpha]
+
+
+def test_the_papers_values_stand_beside_ours_only_where_it_has_them():
+    ours = paper.table("table1").query("dataset == 'mnist'").copy()
+    both = tables.beside_paper(ours, "table1")
+    assert (both["agreement_FD_paper"] == ours["agreement_FD"].to_numpy()).all()
+    cells, best = tables.layout(ours, "table1")
+    assert cells.iloc[0, 0] == "97.9 [97.9]"
+    assert best.loc["0.2", ("robust accuracy (%)", "RSLAD")] and not best.loc["0.2", ("robust accuracy (%)", "FD")]
+    unknown = tables.beside_paper(ours.assign(dataset="digits"), "table1")
+    assert unknown.filter(like="_paper").isna().all(axis=None)
+
+
+def test_the_heat_map_holds_what_it_claims(p):
+    frame, details = experiment.heat_map(p)
+    assert len(frame) == 2 * p.evaluate.figure1.points**2
+    eps = float(details["eps"])
+    for name in ("x1", "x2"):
+        assert float((details[name] - details["x"]).abs().max()) <= eps * (1 + 1e-6)
+    assert frame["difference"].between(0, 1).all() and frame["inside"].any() and not frame["inside"].all()
+    teacher, student = experiment.teacher(p), experiment.student(p, "SD")
+    classes = [int(evaluation.predictions(net, details["x2"])) for net in (teacher, student)]
+    assert classes[0] == classes[1], "x₂ is where both still agree"
+    if details["found"]:
+        assert int(evaluation.predictions(teacher, details["x1"])) != int(
+            evaluation.predictions(student, details["x1"])
+        )
+
+
+def test_figures_are_the_same_bytes_for_the_same_numbers(p, faithfulness, tmp_path, monkeypatch):
+    figures.style()
+    monkeypatch.setenv("FAITHKD_OUTPUTS", str(tmp_path / "log.jsonl"))
+    found = []
+    for folder in ("one", "two"):
+        monkeypatch.setattr(params, "ROOT", tmp_path / folder)
+        figures.save(p, "fig2", figures.histograms(faithfulness), faithfulness)
+        figures.save_table(p, "table2", tables.table2(faithfulness), "Table 2")
+        found.append({path.name: path.read_bytes() for path in p.figures_dir.iterdir()})
+    assert set(found[0]) == {f"{name}.{kind}" for name in ("fig2", "table2") for kind in ("pdf", "png", "csv")}
+    assert found[0] == found[1]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 12
+
+
+def test_every_method_has_a_colour_and_a_marker():
+    assert set(figures.COLOURS) == set(figures.MARKERS) == {"RT", *STUDENTS}
+    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
