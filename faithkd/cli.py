@@ -33,9 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a parameter; repeatable.")
-]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a parameter; repeatable.")]
 
 
 def main() -> None:
@@ -68,9 +66,7 @@ def _top(
 def run(
     profile: Annotated[str, typer.Option(help="Which params/*.yaml.")] = "digits",
     settings: Sets = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="A notebook (09, or 09-milp-bounds); repeatable.")
-    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A notebook (09, or 09-milp-bounds); repeatable.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Use nothing that was computed or trained before.")
@@ -100,9 +96,7 @@ def run(
 
 
 @app.command("params")
-def show_params(
-    profile: Annotated[str, typer.Argument(help="Which params/*.yaml.")] = "digits", settings: Sets = None
-):
+def show_params(profile: Annotated[str, typer.Argument(help="Which params/*.yaml.")] = "digits", settings: Sets = None):
     """Print every parameter of a profile with its value and the reason for it."""
     from faithkd import params
 
@@ -116,9 +110,7 @@ def show_params(
 @app.command("notebooks")
 def committed(
     action: Annotated[str, typer.Argument(metavar="check|refresh", help="check, or execute and normalise.")],
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Some of them: 09, 09-milp-bounds; none: all.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Some of them: 09, 09-milp-bounds; none: all.")] = None,
 ) -> None:
     """Check the committed notebooks without executing them, or execute them again and write them back."""
     from faithkd import params
@@ -341,9 +333,7 @@ def _alone(folder: Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FaithkdError(
-            f"cannot write to {folder} ({error.strerror}): set FAITHKD_RUNS to a folder"
-        ) from None
+        raise FaithkdError(f"cannot write to {folder} ({error.strerror}): set FAITHKD_RUNS to a folder") from None
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
@@ -390,9 +380,7 @@ def _provenance(p, done: dict) -> dict:
         },
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": _commit(),
-        "seconds": {
-            path.stem: done[path.stem]["seconds"] for path in notebooks.listing() if path.stem in done
-        },
+        "seconds": {path.stem: done[path.stem]["seconds"] for path in notebooks.listing() if path.stem in done},
     }
 
 

@@ -15,17 +15,17 @@ from faithkd.paths import ROOT
 CLASSES = {
     "digits": [str(digit) for digit in range(10)],
     "mnist": [str(digit) for digit in range(10)],
-    "fashion_mnist": "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split(),
-    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+    "fashion_mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"],
+    "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
 }
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 
 # Test images of CIFAR-10 that are only approximate in the array file `cifar10.npz` (see its README). They are left
 # out whichever source is used, so that one seed draws one and the same subset everywhere.
 CIFAR10_APPROXIMATE = (
-    *(1259, 1369, 1422, 2245, 2737, 2935, 3695, 3718, 4085, 4496, 5791, 5896, 6286, 7580, 7707, 7724, 7832, 8117),
-    *(8551, 9254),
-)
+    1259, 1369, 1422, 2245, 2737, 2935, 3695, 3718, 4085, 4496,
+    5791, 5896, 6286, 7580, 7707, 7724, 7832, 8117, 8551, 9254,
+)  # fmt: skip
 DIGITS_TEST = 400  # scikit-learn's digits have no test set of their own: these many images, drawn once, are it
 
 
@@ -82,7 +82,7 @@ def clip_range(p: Params) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 
 def to_pixels(p: Params, x: torch.Tensor) -> np.ndarray:
-    """Images `x` (N, channels, height, width) back in pixels [0, 1], as matplotlib wants them: (N, height, width[, 3])."""
+    """Images `x` (N, channels, height, width) as pixels in [0, 1] for matplotlib: (N, height, width[, 3])."""
     mean, std = _standardisation(p)
     pixels = (x.detach().cpu() * std + mean).clamp(0, 1)
     return pixels.squeeze(1).numpy() if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1).numpy()

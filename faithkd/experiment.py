@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from faithkd import data, evaluation, losses, models, store, training
-from faithkd.attacks import search
+from faithkd.attacks import ball, search
 from faithkd.bounds import faithfulness_upper_bound
 from faithkd.data import Split
 from faithkd.losses import METHODS
@@ -193,45 +193,38 @@ def pgd_steps(p: Params) -> pd.DataFrame:
 
 
 def heat_map(p: Params) -> tuple[pd.DataFrame, dict]:
-    """Fig. 1: ‖f_RT − f_s‖∞ for SD and FD on a plane through an image x, x₁ and x₂, found by search.
+    """Fig. 1: ‖f_RT − f_s‖∞ for SD and FD on a square through an image x and two corners x₁, x₂ of its ball.
 
-    x₁ is an adversarial disagreement example (Def. 1) of SD; at x₂ SD and the teacher predict the same class with
-    very different confidence. The image is, of those in the test subset which all three networks classify correctly,
-    the one with the largest difference at x₁, preferring images on which FD has no disagreement. Returns a frame
-    with columns panel, a, b (coordinates along x₁ − x and orthogonally to it, in units of ε), inside (is the point in
-    B_ε(x)), difference, disagree; and a dict with `x`, `x1`, `x2` (1, *shape), their coordinates, and the image's row.
+    At x₁ the teacher is right and SD is wrong (an adversarial disagreement example, Def. 1); at x₂ both are right,
+    with the largest difference in confidence. The image is one that all three networks classify correctly, with the
+    clearest disagreement at x₁ and the smallest difference at x, preferring images on which FD never disagrees.
+    Returns a frame with columns panel, a, b (see `_square`), difference, margin (of the teacher's class in the
+    student's confidences: negative where they disagree), disagree; and a dict with `x`, `x1`, `x2` (1, *shape),
+    their coordinates `where`, the image's `row`, `label`, and whether a disagreement was `found`.
     """
     images, guide = data.test_subset(p), teacher(p)
     students = {method: student(p, method) for method in ("SD", "FD")}
-    eps = float(p.evaluate.figure1.eps)
-    options = _attack_options(p) | {"restarts": p.evaluate.restarts}
-    found = evaluation.agreement(guide, students["SD"], images.x, eps, **options)
-    calm = evaluation.agreement(guide, students["FD"], images.x, eps, **options)
+    eps, sd = float(p.evaluate.figure1.eps), students["SD"]
+    restarts = p.evaluate.restarts
+    corners, clarity = _corners(p, images, eps, _clear_disagreement, guide, sd, restarts)
+    calm = evaluation.agreement(guide, students["FD"], images.x, eps, **_attack_options(p), restarts=restarts).holds
     right = torch.stack([evaluation.predictions(n, images.x) == images.y for n in (guide, *students.values())]).all(0)
     with torch.no_grad():
-        difference = evaluation.confidence_difference(guide, students["SD"], found.witnesses)
-    wanted = right & ~found.holds
-    score = difference + 2.0 * wanted + 1.0 * (wanted & calm.holds)
-    row = int(score.argmax())
-    x, x1 = images.x[row : row + 1], found.witnesses[row : row + 1]
-    x2 = _same_class_witness(p, guide, students["SD"], x, eps)
-    frame, corners = _plane(p, x, x1, x2, eps)
+        apart = evaluation.confidence_difference(guide, sd, images.x)
+    wanted = right & (clarity > 0)
+    row = int((clarity - apart + 4.0 * wanted + 2.0 * (wanted & calm)).argmax())
+    chosen = images[row : row + 1]
+    x, x1 = chosen.x, corners[row : row + 1]
+    x2, _ = _corners(p, chosen, eps, _same_class, guide, sd, 4 * restarts)
+    frame, points, where = _square(p, x, x1, x2, eps)
     panels = []
     for method, network in students.items():
         with torch.no_grad():
-            part = frame.drop(columns="point").assign(
-                panel=method,
-                difference=evaluation.confidence_difference(guide, network, corners).double().numpy(),
-                disagree=(evaluation.predictions(guide, corners) != evaluation.predictions(network, corners)).numpy(),
-            )
-        panels.append(part)
-    first, second = (x1 - x).flatten().double(), (x2 - x).flatten().double()
-    along = float(second @ first / first.norm())
-    where = {
-        "x": (0.0, 0.0),
-        "x1": (float(first.norm()) / eps, 0.0),
-        "x2": (along / eps, float((second - along * first / first.norm()).norm()) / eps),
-    }
+            hard, soft = guide(points).argmax(1, keepdim=True), torch.softmax(network(points), 1)
+            others = soft.scatter(1, hard, -1.0).amax(1)
+            margin = (soft.gather(1, hard)[:, 0] - others).double().numpy()
+            difference = evaluation.confidence_difference(guide, network, points).double().numpy()
+        panels.append(frame.assign(panel=method, difference=difference, margin=margin, disagree=margin < 0))
     details = {"x": x, "x1": x1, "x2": x2, "where": where, "row": row, "image": int(images.index[row])}
     details |= {"eps": p.evaluate.figure1.eps, "label": int(images.y[row]), "found": bool(wanted[row])}
     return pd.concat(panels, ignore_index=True), details
@@ -266,51 +259,76 @@ def _upper_bound(p: Params, guide, network, images: Split, eps: float) -> pd.Dat
     return pd.DataFrame({"FaithUB": bound.values.numpy(), "status": bound.status})
 
 
-def _same_class_witness(p: Params, guide, network, x, eps: float) -> torch.Tensor:
-    """x₂ of fig. 1: the largest difference in confidence in B_ε(x) where both networks predict the same class."""
+def _clear_disagreement(teacher_logits, student_logits, y):
+    """For x₁ of fig. 1: the smaller of the margins by which the teacher is right and the student is wrong."""
+    loss = losses.cross_entropy(student_logits, y) - losses.cross_entropy(teacher_logits, y)
+    margins = []
+    for logits in (teacher_logits, student_logits):
+        soft = torch.softmax(logits, 1)
+        margins.append(soft.gather(1, y[:, None])[:, 0] - soft.scatter(1, y[:, None], -1.0).amax(1))
+    return loss, torch.minimum(margins[0], -margins[1])
+
+
+def _same_class(teacher_logits, student_logits, y):
+    """For x₂ of fig. 1: the difference in confidence where both networks are right."""
+    difference = (torch.softmax(teacher_logits, 1) - torch.softmax(student_logits, 1)).abs().amax(1)
+    both = (teacher_logits.argmax(1) == y) & (student_logits.argmax(1) == y)
+    return difference, torch.where(both, difference, -torch.ones_like(difference))
+
+
+def _corners(p: Params, images: Split, eps: float, criterion, guide, network, restarts: int):
+    """The corner of each image's ball that PGD finds best: corners (N, *shape) and scores (N,) of `criterion`.
+
+    The ascent walks through the ball; every point on its way is judged at the corner of its own orthant.
+    """
+    lower, upper = ball(images.x, eps, data.clip_range(p))
+
+    def corner(z):
+        return torch.where(z >= images.x, upper, lower)
 
     def objective(z):
-        t, s = torch.softmax(guide(z), 1), torch.softmax(network(z), 1)
-        difference = (t - s).abs().amax(1)
-        return difference, torch.where(t.argmax(1) == s.argmax(1), difference, -torch.ones_like(difference))
+        with torch.no_grad():
+            at = corner(z)
+            score = criterion(guide(at), network(at), images.y)[1]
+        return criterion(guide(z), network(z), images.y)[0], score
 
     steps = p.evaluate.steps
-    return search(
+    found, score = search(
         objective,
-        x,
+        images.x,
         eps,
         steps=steps,
         step_size=float(p.evaluate.step_factor) * eps / steps,
-        restarts=4 * p.evaluate.restarts,
+        restarts=restarts,
         generator=torch.Generator().manual_seed(p.seed),
         clip=data.clip_range(p),
-    )[0]
+    )
+    return corner(found), score
 
 
-def _plane(p: Params, x, x1, x2, eps: float) -> tuple[pd.DataFrame, torch.Tensor]:
-    """A grid on the plane through x, x₁, x₂ that just holds the ball's cut: coordinates in units of ε, and points."""
-    first = (x1 - x).flatten().double()
-    first = first / first.norm() if first.norm() else torch.nn.functional.normalize(torch.ones_like(first), dim=0)
-    second = (x2 - x).flatten().double()
-    second = second - (second @ first) * first
-    if second.norm() < 1e-6 * eps:  # x₂ on the line through x and x₁: any direction at right angles will do
-        second = torch.randn(len(first), dtype=torch.float64, generator=torch.Generator().manual_seed(p.seed))
-        second = second - (second @ first) * first
-    second = second / second.norm()
-    reach = max(_reach(first, second), _reach(second, first)) * 1.02
-    ticks = torch.linspace(-reach, reach, p.evaluate.figure1.points, dtype=torch.float64)
+def _square(p: Params, x, x1, x2, eps: float) -> tuple[pd.DataFrame, torch.Tensor, dict]:
+    """The ball's cut through x and its corners x₁, x₂: coordinates (a, b) in [−1, 1]², points, and who is where.
+
+    `a` moves the pixels in which x₁ and x₂ differ (x₁ at −1, x₂ at 1), `b` those in which they are the same, so that
+    max(|a|, |b|) is the distance ‖x' − x‖∞ in units of ε: the ball's cut is the whole square. With clipping, the
+    unit of a pixel is as far as it can go in its direction.
+    """
+    lower, upper = ball(x, eps, data.clip_range(p))
+    first = torch.where(x1 >= upper, 1.0, -1.0).flatten().double()
+    second = torch.where(x2 >= upper, 1.0, -1.0).flatten().double()
+    other = second
+    if (first * second).sum().abs() == len(first):  # x₂ is x₁ or opposite to it: any other corner spans the square
+        coins = torch.rand(len(first), generator=torch.Generator().manual_seed(p.seed))
+        other = first * torch.where(coins < 0.5, 1.0, -1.0)
+    across, along = (other - first) / 2, (other + first) / 2
+    ticks = torch.linspace(-1, 1, p.evaluate.figure1.points, dtype=torch.float64)
     a, b = (axis.flatten() for axis in torch.meshgrid(ticks, ticks, indexing="xy"))
-    offsets = a[:, None] * first + b[:, None] * second
-    inside = offsets.abs().amax(1) <= 1 + 1e-9
-    points = (x.flatten().double() + eps * offsets).to(x.dtype).view(-1, *x.shape[1:])
-    frame = pd.DataFrame({"a": a.numpy(), "b": b.numpy(), "inside": inside.numpy(), "point": range(len(a))})
-    return frame, points
-
-
-def _reach(first: torch.Tensor, second: torch.Tensor) -> float:
-    """How far {s·first + t·second : ‖·‖∞ ≤ 1} reaches along `first`: the largest s over all directions t/s."""
-    slopes = torch.tan(torch.linspace(-1.5, 1.5, 2001, dtype=torch.float64))
-    return float((1 / (first + slopes[:, None] * second).abs().amax(1)).max())
+    share = (a[:, None] * across + b[:, None] * along).to(x.dtype).view(-1, *x.shape[1:])
+    points = x + share.clamp(min=0) * (upper - x) + share.clamp(max=0) * (x - lower)
+    where = {"x": (0.0, 0.0)}
+    for name, corner in (("x1", first), ("x2", second)):
+        where[name] = tuple(float(corner @ axis / axis.abs().sum()) for axis in (across, along))
+    return pd.DataFrame({"a": a.numpy(), "b": b.numpy()}), torch.clamp(points, lower, upper), where
 
 
 def _attack_options(p: Params) -> dict:
@@ -366,4 +384,3 @@ def _code(method: str) -> str:
 
 def _label(method: str, alpha: float | None) -> str:
     return method if alpha is None else f"{method}-alpha{alpha:g}"
-

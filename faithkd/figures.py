@@ -63,7 +63,9 @@ def save(p: Params, name: str, figure: Figure, frame: pd.DataFrame) -> None:
             figure.savefig(folder / f"{name}.png", metadata={"Software": None})
         frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
     except OSError as error:
-        raise FaithkdError(f"cannot write {name} to {folder}: {error.strerror or error}; give permission there") from None
+        raise FaithkdError(
+            f"cannot write {name} to {folder}: {error.strerror or error}; give permission there"
+        ) from None
     _announce([folder / f"{name}.{kind}" for kind in ("pdf", "png", "csv")])
 
 
@@ -84,43 +86,72 @@ def save_table(p: Params, name: str, table: pd.DataFrame, caption: str):
     figure = _picture(cells, best, caption)
     save(p, name, figure, table)
     plt.close(figure)
-    bold = best.map(lambda is_best: "font-weight: bold" if is_best else "")
-    return cells.style.apply(lambda _: bold, axis=None).set_caption(caption).set_table_styles(_TABLE)
+    return _styled(cells, best, caption)
 
 
 _TABLE = [
     {"selector": "caption", "props": "caption-side: top; text-align: left; font-size: 1em; padding: 0.4em 0"},
-    {"selector": "td, th", "props": "text-align: right; padding: 0.25em 0.7em; white-space: nowrap"},
+    {"selector": "td, th", "props": "text-align: right; padding: 0.25em 0.5em; white-space: nowrap"},
+    {"selector": "th.row_heading", "props": "text-align: left; white-space: pre"},
     {"selector": "th.col_heading.level0", "props": "text-align: center; border-bottom: 1px solid #999"},
 ]
 
 
+def _styled(cells: pd.DataFrame, best: pd.DataFrame, caption: str):
+    """The table as HTML: the best in <b>, the paper's values small and grey."""
+
+    def html(text: str, is_best: bool) -> str:
+        ours, bracket, theirs = text.partition("[")
+        ours = ours.rstrip().join(("<b>", "</b>") if is_best else ("", ""))
+        line = "<br>" if "\n" in text else " "
+        return ours + (f'{line}<small style="color: gray">[{theirs}</small>' if bracket else "")
+
+    marked = pd.DataFrame(
+        {column: [html(*pair) for pair in zip(cells[column], best[column], strict=True)] for column in cells},
+        index=cells.index.rename(None),
+    )
+    # the rows' name stands beside the columns' names: an own line for it would waste one
+    marked.columns = cells.columns.set_names([None, cells.index.name])
+    return marked.style.set_caption(caption).set_table_styles(_TABLE)
+
+
 def _picture(cells: pd.DataFrame, best: pd.DataFrame, caption: str) -> Figure:
-    """The table as a figure of text: column groups, column names, a rule, rows; best cells bold."""
-    rows = [" ".join(map(str, row)) if isinstance(row, tuple) else str(row) for row in cells.index]
-    lengths = [max(map(len, rows)) + 2]
-    lengths += [max(len(str(column[1])), *cells[column].map(len)) + 3 for column in cells]
-    edges = np.cumsum(lengths)
-    figure = plt.figure(figsize=(0.075 * edges[-1] + 0.3, 0.24 * (len(rows) + 4.2)), layout="none")
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, edges[-1] + 1), ylim=(len(rows) + 3, -1.2))
+    """The table as a figure of text, at most WIDTH inches wide: groups, column names, a rule, rows; best cells bold."""
+    labels = [str(label) for label in cells.index]
+    widths = [max(map(len, [*labels, cells.index.name])) + 1]
+    widths += [
+        max(len(line) for text in (column[1], *cells[column]) for line in text.split("\n")) + 3 for column in cells
+    ]
+    edges = np.cumsum(widths)
+    heights = [1.15 * max(text.count("\n") + 1 for text in row) for row in cells.to_numpy()]
+    tops = 2.75 + np.cumsum([0, *heights])
+    scale = min(1.0, WIDTH / (0.078 * edges[-1] + 0.2))  # 0.078 inches: a digit at 8.5 points, with air
+    size = 8.5 * scale
+    shape = (scale * (0.078 * edges[-1] + 0.2), scale * 0.2 * (tops[-1] + 1.2))
+    figure = plt.figure(figsize=shape, layout="none")
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, edges[-1] + 1), ylim=(tops[-1], -1.2))
     axes.axis("off")
-    axes.text(0.5, -0.6, caption, ha="left", va="center", fontsize=8.5, style="italic")
+
+    def write(x: float, y: float, text: str, ha: str, **look) -> None:
+        axes.text(x, y, text, ha=ha, va="center", fontsize=size, **look)
+
+    write(0.5, -0.6, caption, "left", style="italic")
     groups = cells.columns.get_level_values(0)
     for group in dict.fromkeys(groups):
         places = np.flatnonzero(groups == group)
         start, end = edges[places[0]] + 2, edges[places[-1] + 1]
-        axes.text((start + end) / 2, 0.6, group, ha="center", va="center", fontsize=8.5)
-        axes.plot([start, end], [1.1, 1.1], color="0.6", lw=0.8)
-    axes.plot([0, edges[-1] + 1], [2.15, 2.15], color="0.2", lw=1)
-    axes.text(0.5, 1.65, ", ".join(filter(None, cells.index.names)), ha="left", va="center", fontsize=8.5)
-    for y, label in enumerate(rows):
-        axes.text(0.5, y + 2.75, label, ha="left", va="center", fontsize=8.5)
+        write((start + end) / 2, 0.6, group, "center")
+        axes.plot([start, end], [1.15, 1.15], color="0.6", lw=0.8)
+    write(0.5, 1.7, cells.index.name, "left")
+    axes.plot([0, edges[-1] + 1], [2.3, 2.3], color="0.2", lw=1)
+    for y, label in zip(tops, labels, strict=False):
+        write(0.5, y + 0.3, label, "left")
     for edge, column in zip(edges[1:], cells, strict=True):
-        axes.text(edge, 1.65, column[1], ha="right", va="center", fontsize=8.5)
-        for y, (text, is_best) in enumerate(zip(cells[column], best[column], strict=True)):
-            axes.text(
-                edge, y + 2.75, text, ha="right", va="center", fontsize=8.5, weight="bold" if is_best else "normal"
-            )
+        write(edge, 1.7, column[1], "right")
+        for y, text, is_best in zip(tops, cells[column], best[column], strict=False):
+            for row, line in enumerate(text.split("\n")):
+                look = {"weight": "bold"} if is_best and not row else {"color": "0.4"} if row else {}
+                write(edge, y + 0.3 + row, line, "right", **look)
     return figure
 
 
@@ -150,7 +181,11 @@ def curves(histories: dict[str, pd.DataFrame]) -> Figure:
         left.plot(history["epoch"], history["loss"], color=COLOURS[name], label=name)
         right.plot(history["epoch"], 100 * history["accuracy"], color=COLOURS[name], label=f"{name}, clean")
         right.plot(
-            history["epoch"], 100 * history["robust_accuracy"], color=COLOURS[name], ls="--", label=f"{name}, under PGD"
+            history["epoch"],
+            100 * history["robust_accuracy"],
+            color=COLOURS[name],
+            ls="--",
+            label=f"{name}, under PGD",
         )
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
@@ -160,57 +195,91 @@ def curves(histories: dict[str, pd.DataFrame]) -> Figure:
 
 
 def heat_map(p: Params, frame: pd.DataFrame, details: dict, confidences: pd.DataFrame) -> Figure:
-    """Fig. 1: the difference in confidence of SD and of FD from the teacher around an image, and what happens at x₁, x₂.
+    """Fig. 1: the difference in confidence of SD and of FD from the teacher around an image, and what is at x₁, x₂.
 
-    `frame` and `details` come from `experiment.heat_map`; `confidences` has a row per (point, network, class).
+    `frame` and `details` come from `experiment.heat_map`; `confidences` has a row per (point, network, class). Where a
+    student predicts another class than the teacher, its map is hatched.
     """
-    figure = plt.figure(figsize=(WIDTH, 5.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.55, 1))
+    figure = plt.figure(figsize=(WIDTH, 6.9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2, 1))
     maps = top.subplots(1, 2, sharex=True, sharey=True)
     side = int(np.sqrt(len(frame) // 2))
+    highest = max(0.1, np.ceil(frame["difference"].max() * 10) / 10)
     for axes, (method, part) in zip(maps, frame.groupby("panel", sort=False), strict=True):
-        shape = (side, side)
-        a, b = (part[name].to_numpy().reshape(shape) for name in "ab")
-        inside = part["inside"].to_numpy().reshape(shape)
-        difference = np.where(inside, part["difference"].to_numpy().reshape(shape), np.nan)
-        disagree = np.where(inside, part["disagree"].to_numpy().reshape(shape), 0).astype(float)
-        mesh = axes.pcolormesh(a, b, difference, cmap="magma", vmin=0, vmax=1, shading="nearest", rasterized=True)
-        if disagree.any():
-            axes.contour(a, b, disagree, levels=[0.5], colors="white", linewidths=1.2, linestyles="--")
-        axes.contour(a, b, inside.astype(float), levels=[0.5], colors="0.4", linewidths=0.8)
-        for name, (u, v) in details["where"].items():
-            axes.plot(u, v, "o", ms=6, mfc="white", mec="black", mew=1)
-            label = {"x": "$x$", "x1": "$x_1$", "x2": "$x_2$"}[name]
-            axes.annotate(
-                label, (u, v), xytext=(7, 5), textcoords="offset points", color="black", fontsize=10,
-                bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
-            )  # fmt: skip
-        axes.set_title(f"teacher and {method} student: mean {np.nanmean(difference):.2f}, max {np.nanmax(difference):.2f}")
-        axes.set(xlabel="along $x_1 - x$, in units of ε", aspect="equal")
-    maps[0].set_ylabel("at right angles, in units of ε")
-    top.colorbar(mesh, ax=maps, label=r"$\|f_t - f_s\|_\infty$", shrink=0.85)
+        grid = {name: part[name].to_numpy().reshape(side, side) for name in ("a", "b", "difference", "margin")}
+        a, b = grid["a"], grid["b"]
+        mesh = axes.pcolormesh(
+            a,
+            b,
+            grid["difference"],
+            cmap="rocket_r",
+            vmin=0,
+            vmax=highest,
+            shading="gouraud",
+            rasterized=True,
+        )
+        levels = np.arange(0.1, highest, 0.1)
+        axes.contour(a, b, grid["difference"], levels=levels, colors="black", alpha=0.25, linewidths=0.6)
+        if part["disagree"].any():
+            axes.contourf(a, b, grid["margin"], levels=[-1, 0], colors="none", hatches=["////"])
+            axes.contour(a, b, grid["margin"], levels=[0], colors="black", linewidths=1.4)
+        _mark_points(p, axes, details, confidences[confidences["network"] == method])
+        mean, worst, share = (
+            part["difference"].mean(),
+            part["difference"].max(),
+            100 * part["disagree"].mean(),
+        )
+        axes.set_title(f"student {method}", color=COLOURS[method], fontweight="bold", loc="left")
+        axes.set_title(f"mean {mean:.2f}, max {worst:.2f}, other class {share:.0f} %", fontsize=9, loc="right")
+        axes.set(aspect="equal", xlabel="pixels in which $x_1$ and $x_2$ differ")
+        axes.set_xticks([-1, 0, 1], ["−ε", "0", "ε"])
+        axes.set_yticks([-1, 0, 1], ["−ε", "0", "ε"])
+        axes.spines[:].set_visible(True)
+    maps[0].set_ylabel("pixels in which they are the same")
+    label = r"difference in confidence  $\|f_{RT} - f_s\|_\infty$"
+    top.colorbar(mesh, ax=maps, label=label, shrink=0.8, pad=0.02)
     _confidence_bars(p, bottom, details, confidences)
     return figure
 
 
-def _confidence_bars(p: Params, panel, details: dict, confidences: pd.DataFrame) -> None:
-    """Under fig. 1: the images x, x₁, x₂, each beside the confidences of teacher, SD and FD."""
-    grid = panel.subplots(1, 6, width_ratios=(1, 1.9) * 3)
-    names = {"x": "$x$", "x1": "$x_1$", "x2": "$x_2$"}
+_POINTS = {"x": "$x$", "x1": "$x_1$", "x2": "$x_2$"}
+
+
+def _mark_points(p: Params, axes, details: dict, confidences: pd.DataFrame) -> None:
+    """On a map of fig. 1: x, x₁ and x₂, each with the class that the student predicts there."""
     classes = data.CLASSES[p.data.name]
-    for place, name in enumerate(names):
-        picture, bars = grid[2 * place], grid[2 * place + 1]
-        _image(picture, data.to_pixels(p, details[name])[0])
-        picture.set_title(names[name])
+    for name, (u, v) in details["where"].items():
         part = confidences[confidences["point"] == name]
-        shown = sorted(part.groupby("class")["confidence"].max().nlargest(3).index)
-        part = part[part["class"].isin(shown)].assign(label=lambda f: f["class"].map(lambda c: classes[c]))
-        sns.barplot(part, x="label", y="confidence", hue="network", palette=COLOURS, ax=bars, legend=place == 2)
-        bars.set(ylim=(0, 1.05), xlabel="", ylabel="confidence" if place == 0 else "")
-        if len(max((classes[c] for c in shown), key=len)) > 3:
-            bars.tick_params(axis="x", rotation=30)
-        if place == 2:
-            sns.move_legend(bars, "upper left", bbox_to_anchor=(1, 1), title=None, fontsize="small")
+        says = classes[part["class"].to_numpy()[part["confidence"].argmax()]]
+        axes.plot(u, v, "o", ms=7, mfc="white", mec="black", mew=1.2, clip_on=False, zorder=5)
+        axes.annotate(
+            f"{_POINTS[name]}: {says}", (u, v), xytext=(-10 if u > 0.5 else 10, -15), textcoords="offset points",
+            ha="right" if u > 0.5 else "left", va="center", fontsize=10,
+            bbox={"boxstyle": "round,pad=0.2", "fc": "white", "ec": "none", "alpha": 0.85},
+        )  # fmt: skip
+
+
+def _confidence_bars(p: Params, panel, details: dict, confidences: pd.DataFrame) -> None:
+    """Under fig. 1: the images x, x₁, x₂, each beside the confidences of teacher, SD and FD; numbers at the highest."""
+    grid = panel.subplots(1, 6, width_ratios=(1, 1.3) * 3)
+    classes = data.CLASSES[p.data.name]
+    networks = {"RT": "teacher RT", "SD": "student SD", "FD": "student FD"}
+    table = confidences.set_index(["point", "network", "class"])["confidence"].sort_index().unstack("class")
+    likely = table.max()[table.max() > 0.05].nlargest(4).index
+    shown = sorted({*likely, *table.idxmax(axis=1)})
+    for picture, bars, (name, label) in zip(grid[::2], grid[1::2], _POINTS.items(), strict=True):
+        _image(picture, data.to_pixels(p, details[name])[0])
+        picture.axis("off")
+        picture.set_title(label, fontsize=12)
+        for shift, (network, title) in zip((-0.27, 0, 0.27), networks.items(), strict=True):
+            values = table.loc[name, network][shown]
+            bars.barh(np.arange(len(shown)) + shift, values, 0.25, color=COLOURS[network], label=title)
+            place = shown.index(values.idxmax()) + shift
+            bars.text(values.max() + 0.02, place, f"{values.max():.2f}", va="center", fontsize=7, weight="bold")
+        bars.set_yticks(range(len(shown)), [classes[c] for c in shown])
+        bars.set(xlim=(0, 1.2), xticks=[0, 0.5, 1], xlabel="confidence", ylim=(len(shown) - 0.5, -0.5))
+    handles, titles = grid[1].get_legend_handles_labels()
+    panel.legend(handles, titles, loc="outside upper center", ncols=3, fontsize="small")
 
 
 def histograms(faithfulness: pd.DataFrame) -> Figure:
@@ -222,7 +291,7 @@ def histograms(faithfulness: pd.DataFrame) -> Figure:
     bins, count = np.linspace(0, 1, 26), faithfulness["image"].nunique()
     for row, method in zip(grid, methods, strict=True):
         for axes, eps in zip(row, radii, strict=True):
-            part = faithfulness.query("method == @method and eps == @eps")
+            part = faithfulness[(faithfulness["method"] == method) & (faithfulness["eps"] == eps)]
             for bound, colour in (("EmpLB", LOWER), ("FaithUB", UPPER)):
                 weights = np.full(len(part), 100 / count)
                 axes.hist(part[bound], bins, weights=weights, color=colour, alpha=0.45, label=bound)

@@ -39,7 +39,7 @@ def convolutional(filters: Sequence[int], hidden: Sequence[int], classes: int = 
 
 
 def build(architecture, shape: Sequence[int], classes: int = 10, *, seed: int) -> nn.Sequential:
-    """A network with the architecture of the parameters, initialised by `seed` (PyTorch's default; not in the paper)."""
+    """A network with the architecture of the parameters, initialised by `seed` as PyTorch does by default."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture.kind == "convolutional":

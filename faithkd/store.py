@@ -77,9 +77,7 @@ def network(kind: str, depends: dict, build, make, *, name: str = ""):
 
 def arrays(kind: str, depends: dict, build, *, name: str = ""):
     """Tensors by name, loaded or made by `build()`."""
-    return _entry(
-        kind, depends, name, ".safetensors", lambda _: (_pack(build()), {}), lambda data, meta: _unpack(data)
-    )
+    return _entry(kind, depends, name, ".safetensors", lambda _: (_pack(build()), {}), lambda data, meta: _unpack(data))
 
 
 def table(kind: str, depends: dict, build, *, name: str = ""):
@@ -127,9 +125,7 @@ def _entry(kind: str, depends: dict, name: str, suffix: str, encode, decode):
         }
         _write(kind, number, name, suffix, payload, sidecar)
         if (found := _find(kind, number, suffix, decode, _put_aside)) is None:
-            raise FaithkdError(
-                f"what was just written to {root() / kind} cannot be read again; is the disk sound?"
-            )
+            raise FaithkdError(f"what was just written to {root() / kind} cannot be read again; is the disk sound?")
         return found
 
 
@@ -271,21 +267,15 @@ def _to_csv(frame) -> tuple[bytes, dict]:
     if list(frame.index) != list(range(len(frame))):
         raise FaithkdError("store: a table's index would be lost; call reset_index() first")
     if frame.columns.has_duplicates or not all(isinstance(name, str) for name in frame.columns):
-        raise FaithkdError(
-            f"store: a table's columns need different names in text, not {list(frame.columns)}"
-        )
+        raise FaithkdError(f"store: a table's columns need different names in text, not {list(frame.columns)}")
     for name, column in frame.items():
         text = str(column.dtype) in TEXT and all(isinstance(value, str) for value in column)
         if not text and not NUMBER.fullmatch(str(column.dtype)):
-            raise FaithkdError(
-                f"store: column {name!r} must hold only text, or only numbers, or only booleans"
-            )
+            raise FaithkdError(f"store: column {name!r} must hold only text, or only numbers, or only booleans")
     file = io.StringIO()
     writer = csv.writer(file)
     writer.writerow(frame.columns)
-    writer.writerows(
-        zip(*(column.tolist() for _, column in frame.items()), strict=True)
-    )  # floats by repr: exact
+    writer.writerows(zip(*(column.tolist() for _, column in frame.items()), strict=True))  # floats by repr: exact
     dtypes = {name: str(dtype) for name, dtype in frame.dtypes.items()}
     return file.getvalue().encode(), {"dtypes": dtypes}
 

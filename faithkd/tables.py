@@ -122,18 +122,26 @@ def _layout1(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return _frames(cells, best, pd.Index(table["eps"], name="ε"))
 
 
-def _layout2(table: pd.DataFrame, by: str = "method", name: str = "table2", spread: bool = True):
+def _spread(mean: float, std: float) -> str:
+    return f"{mean:.3f} ±{std:.3f}"
+
+
+def _layout2(table: pd.DataFrame, by: str = "method", name: str = "table2"):
     both = beside_paper(table, name).set_index(["eps", "bound", by])
     radii, columns = list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table[by]))
     cells, best = {}, {}
     for bound in BOUNDS:
+        lowest = [min(both.loc[(eps, bound, column)]["mean"] for column in columns) for eps in radii]
         for column in columns:
             rows = [both.loc[(eps, bound, column)] for eps in radii]
-            cells[bound, str(column)] = [
-                _cell(r["mean"], r.get("mean_paper", np.nan), 3, r["std"] if spread else None) for r in rows
+            title = str(column) if by == "method" else f"α = {column:g}"
+            cells[bound, title] = [
+                _spread(r["mean"], r["std"])
+                # two lines: eight columns of both side by side do not fit a page
+                + ("" if pd.isna(r.get("mean_paper")) else f"\n[{_spread(r['mean_paper'], r['std_paper'])}]")
+                for r in rows
             ]
-            lowest = [min(both.loc[(eps, bound, other)]["mean"] for other in columns) for eps in radii]
-            best[bound, str(column)] = [r["mean"] == low for r, low in zip(rows, lowest, strict=True)]
+            best[bound, title] = [r["mean"] == low for r, low in zip(rows, lowest, strict=True)]
     return _frames(cells, best, pd.Index(radii, name="ε"))
 
 
@@ -143,10 +151,10 @@ def _layout5(table: pd.DataFrame):
 
 def _layout3(table: pd.DataFrame):
     columns = [c for c in table if c.startswith("pgd")]
-    cells = {("EmpLB", f"PGD-{c[3:]}"): [f"{value:.4f}" for value in table[c]] for c in columns}
     lowest = table.groupby("example")[columns].transform("min")
+    cells = {("EmpLB", f"PGD-{c[3:]}"): [f"{value:.4f}" for value in table[c]] for c in columns}
     best = {("EmpLB", f"PGD-{c[3:]}"): (table[c] == lowest[c]).to_numpy() for c in columns}
-    index = pd.MultiIndex.from_arrays([table["example"], table["method"]], names=["example", "student"])
+    index = pd.Index([f"{e}  {m}" for e, m in zip(table["example"], table["method"], strict=True)], name="example")
     return _frames(cells, best, index)
 
 

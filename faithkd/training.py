@@ -1,6 +1,5 @@
 """Adversarial training (eqs 2–3) and distillation (eqs 1, 4, 5, 12): one loop, SGD, cosine, early stopping, resume."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,7 +103,13 @@ def _epoch(network, teacher, train, method, settings, schedule, epoch, optimizer
         ramp = min(1.0, (epoch + number / len(batches)) / schedule.ramp_epochs) if schedule.ramp_epochs else 1.0
         x_adv = _maximise(network, teacher, x, y, method, schedule.attack, ramp, clip, generator)
         loss = method.loss(
-            network, teacher, x, x_adv, y, getattr(settings, "alpha", None), getattr(settings, "temperature", None)
+            network,
+            teacher,
+            x,
+            x_adv,
+            y,
+            getattr(settings, "alpha", None),
+            getattr(settings, "temperature", None),
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -201,7 +206,9 @@ def _resume(path: Path | None, network, optimizer, cosine, generator) -> State |
     generator.set_state(tensors["generator"])
     # Its rate is a recursion from epoch to epoch: replaying it gives the very same floating-point numbers.
     for _ in range(state.epoch):
-        optimizer._opt_called = True  # scheduler.step() warns unless an optimiser step came first; it did, before the kill
+        optimizer._opt_called = (
+            True  # scheduler.step() warns unless an optimiser step came first; it did, before the kill
+        )
         cosine.step()
     return state
 

@@ -50,13 +50,9 @@ class Home:
 
     def write(self, name: str, *code: str) -> Path:
         """A notebook with a title, the parameters cell and `code`."""
-        parameters = nbformat.v4.new_code_cell(
-            'profile = "digits"\noverrides = {}', metadata={"tags": ["parameters"]}
-        )
+        parameters = nbformat.v4.new_code_cell('profile = "digits"\noverrides = {}', metadata={"tags": ["parameters"]})
         cells = [nbformat.v4.new_markdown_cell(f"# Title of {name}"), parameters]
-        notebook = nbformat.v4.new_notebook(
-            cells=cells + [nbformat.v4.new_code_cell(source) for source in code]
-        )
+        notebook = nbformat.v4.new_notebook(cells=cells + [nbformat.v4.new_code_cell(source) for source in code])
         notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         path = self.folder / "notebooks" / f"{name}.ipynb"
         nbformat.write(notebook, path)

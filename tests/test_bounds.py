@@ -77,9 +77,7 @@ def convolutional(seed, kind):
             nn.MaxPool2d((2, 1), dilation=2),
         ],
     }[kind]
-    body = nn.Sequential(
-        *first, nn.Conv2d(4, 3, 2, padding=1), nn.ReLU(), nn.MaxPool2d(2, stride=1), nn.Flatten()
-    )
+    body = nn.Sequential(*first, nn.Conv2d(4, 3, 2, padding=1), nn.ReLU(), nn.MaxPool2d(2, stride=1), nn.Flatten())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         width = body(torch.zeros(1, 2, 7, 6)).shape[1]
@@ -143,9 +141,7 @@ def test_each_difference_row_holds_against_an_attack():
         highest = difference_bounds(network, x, 0.25)[0]
         for i, j in ((0, 1), (1, 0), (2, 1), (0, 2)):
             assert (
-                attacked(
-                    lambda p, network=network, i=i, j=j: network(p)[:, j] - network(p)[:, i], x.double(), 0.25
-                )
+                attacked(lambda p, network=network, i=i, j=j: network(p)[:, j] - network(p)[:, i], x.double(), 0.25)
                 <= highest[i, j]
             )
 
@@ -236,26 +232,21 @@ def test_bound_grows_with_eps_and_a_batch_is_its_images():
     teacher, student = scaled(fully_connected(4, 9, 9, 9, 5), 2), scaled(fully_connected(4, 7, 7, 5), 2)
     x = torch.randn(9, 4)
     series = [
-        faithfulness_upper_bound(teacher, student, x, eps, method="interval").values
-        for eps in (0, 0.01, 0.1, 0.5)
+        faithfulness_upper_bound(teacher, student, x, eps, method="interval").values for eps in (0, 0.01, 0.1, 0.5)
     ]
     assert all((a <= b).all() for a, b in zip(series, series[1:], strict=False))
     found = faithfulness_upper_bound(teacher, student, x, 0.1)
     for k in range(len(x)):
         one = faithfulness_upper_bound(teacher, student, x[k : k + 1], 0.1).values
         assert one.item() == pytest.approx(found.values[k].item(), abs=1e-9)
-    assert (
-        found.method == "crown" and found.status == ["certified"] * 9 and found.values.dtype == torch.float64
-    )
+    assert found.method == "crown" and found.status == ["certified"] * 9 and found.values.dtype == torch.float64
 
 
 def test_chunks_of_rows_and_images_change_nothing(monkeypatch):
     teacher, student, x = convolutional(0, "plain"), convolutional(1, "overlapping"), torch.randn(5, 2, 7, 6)
     whole = faithfulness_upper_bound(teacher, student, x, 0.05).values
     monkeypatch.setattr(lin, "BUDGET", 300)
-    assert torch.allclose(
-        faithfulness_upper_bound(teacher, student, x, 0.05).values, whole, atol=1e-9, rtol=0
-    )
+    assert torch.allclose(faithfulness_upper_bound(teacher, student, x, 0.05).values, whole, atol=1e-9, rtol=0)
 
 
 def test_clip_is_used_and_forgives_float32():
@@ -265,9 +256,7 @@ def test_clip_is_used_and_forgives_float32():
         torch.tensor([[0.0, 0.5, 1.0000001]]),
     )
     clip = (torch.zeros(3), torch.ones(1))
-    free, cut = (
-        faithfulness_upper_bound(teacher, student, x, 0.4, clip=c).values.item() for c in (None, clip)
-    )
+    free, cut = (faithfulness_upper_bound(teacher, student, x, 0.4, clip=c).values.item() for c in (None, clip))
     points = inside(x.double(), 0.4, 3000, (0.0, 1.0))
     assert gap(teacher.double(), student.double(), points).max() <= cut < free
     assert faithfulness_upper_bound(teacher, student, x, 0.0, clip=clip).values.item() < 1
@@ -311,9 +300,7 @@ def test_softmax_interval_is_exact_and_never_breaks():
         low, high = softmax_interval(torch.full((1, 2, 2), extreme, dtype=torch.float64))
         assert torch.equal(low, low.clamp(0, 1)) and torch.equal(high, high.clamp(0, 1))
     wide = torch.tensor([[0.0, 40.0], [40.0, 0.0]], dtype=torch.float64)
-    assert (
-        softmax_interval(wide)[1] >= 1 / (1 + math.exp(-40.0))
-    ).all()  # a guard in the denominator would fail here
+    assert (softmax_interval(wide)[1] >= 1 / (1 + math.exp(-40.0))).all()  # a guard in the denominator would fail here
     low, high = softmax_interval(torch.full((2, 2), math.nan, dtype=torch.float64))
     assert low.tolist() == [0, 0] and high.tolist() == [1, 1]
     assert pair_bound(torch.full((1, 2, 2), math.nan), torch.zeros(1, 2, 2)).item() == 1.0
@@ -346,9 +333,7 @@ def test_networks_are_left_alone_and_modules_may_repeat():
     plain = nn.Sequential(*(nn.ReLU() if layer is relu else layer for layer in shared))
     x = torch.randn(3, 3)
     assert torch.equal(difference_bounds(shared, x, 0.2), difference_bounds(plain, x, 0.2))
-    assert shared.training and all(
-        torch.equal(a, b) for a, b in zip(before, shared.parameters(), strict=True)
-    )
+    assert shared.training and all(torch.equal(a, b) for a, b in zip(before, shared.parameters(), strict=True))
     assert shared[0].weight.dtype == torch.float32 and shared[0].weight.requires_grad
 
 

@@ -96,18 +96,14 @@ def test_runs_in_jupyterlab(lab, number, tmp_path):
     picture = Path(os.environ.get("FAITHKD_SCREENSHOTS") or tmp_path).absolute() / f"lab-{number}.png"
     (committed,) = notebooks.pick([number])
     path = folder / "notebooks" / committed.name
-    cells = sum(
-        cell.cell_type == "code" and bool(cell.source.strip()) for cell in nbformat.read(path, 4).cells
-    )
+    cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in nbformat.read(path, 4).cells)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, headless=True, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(120_000)
         page.goto(f"{address}/doc/tree/{path.name}")
         expect(page.locator(".jp-CodeCell")).to_have_count(cells, timeout=120_000)
-        page.locator(
-            ".jp-NotebookPanel[data-jp-kernel-status=idle], .jp-Notebook-ExecutionIndicator"
-        ).first.wait_for()
+        page.locator(".jp-NotebookPanel[data-jp-kernel-status=idle], .jp-Notebook-ExecutionIndicator").first.wait_for()
         _choose(page, "Edit", "Clear Outputs of All Cells")
         expect(page.locator(".jp-CodeCell .jp-OutputArea-output")).to_have_count(0)
         _choose(page, "Run", "Run All Cells")
@@ -139,14 +135,8 @@ def _saved(path, cells: int):
     """The notebook as JupyterLab saved it after the last cell."""
     for _ in range(60):
         notebook = nbformat.read(path, as_version=4)
-        counts = [
-            cell.execution_count
-            for cell in notebook.cells
-            if cell.cell_type == "code" and cell.source.strip()
-        ]
-        failed = any(
-            output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", [])
-        )
+        counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+        failed = any(output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", []))
         if counts[-1] == cells or failed:
             return notebook
         time.sleep(0.5)

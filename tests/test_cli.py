@@ -134,9 +134,7 @@ def test_only_and_overrides_reach_the_kernel(home):
 
 
 def test_kernels_get_absolute_folders(home):
-    home.write(
-        "01-first", 'import os\nassert os.path.isabs(os.environ["FAITHKD_DATA"]), os.environ["FAITHKD_DATA"]'
-    )
+    home.write("01-first", 'import os\nassert os.path.isabs(os.environ["FAITHKD_DATA"]), os.environ["FAITHKD_DATA"]')
     home.call("run", FAITHKD_DATA="notebooks")
 
 
@@ -201,9 +199,7 @@ def test_retrain_is_one_run_even_when_it_was_stopped(home):
 def test_a_failing_cell_is_named_once(home):
     home.write("01-fails", "x = 1", 'raise ValueError("first line\\nthe end")')
     printed = home.call("run", code=1)
-    assert (
-        "error: 01-fails, cell [4]: ValueError: the end" in printed
-    )  # papermill adds one cell, its parameters
+    assert "error: 01-fails, cell [4]: ValueError: the end" in printed  # papermill adds one cell, its parameters
     assert "runs/digits/01-fails.ipynb" in printed and "Traceback" not in printed
     assert (home.folder / "runs" / "digits" / "01-fails.ipynb").is_file() and not done(home)
 
@@ -243,17 +239,13 @@ def test_all_errors_of_the_package_count_as_mistakes():
 
 def test_params_are_shown_with_reasons(home):
     printed = home.call("params", "mnist", "--set", "train.epochs=2")
-    assert any(
-        line.split()[:2] == ["train.epochs", "2"] and "override" in line for line in printed.splitlines()
-    )
+    assert any(line.split()[:2] == ["train.epochs", "2"] and "override" in line for line in printed.splitlines())
     assert "§A" in printed
 
 
 def test_doctor_and_version(home):
     printed = home.call("doctor")
-    assert all(
-        f"\n{word} " in f"\n{printed}" for word in ("python", "torch", "highs", "gurobi", "data", "store")
-    )
+    assert all(f"\n{word} " in f"\n{printed}" for word in ("python", "torch", "highs", "gurobi", "data", "store"))
     assert home.call("--version").startswith("faithkd ")
 
 

@@ -100,7 +100,9 @@ def test_at_eps_zero_it_is_the_difference_at_the_image():
     x = torch.tensor([[0.1, 0.2]])
     bound = faithkd.empirical_lower_bound(TEACHER, STUDENT, x, 0.0)
     with torch.no_grad():
-        assert float(bound.values) == pytest.approx(float(evaluation.confidence_difference(TEACHER, STUDENT, x)), abs=1e-7)
+        assert float(bound.values) == pytest.approx(
+            float(evaluation.confidence_difference(TEACHER, STUDENT, x)), abs=1e-7
+        )
     assert torch.equal(bound.witnesses, x)
 
 

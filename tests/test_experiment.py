@@ -180,7 +180,8 @@ def test_the_heat_map_holds_what_it_claims(p):
     eps = float(details["eps"])
     for name in ("x1", "x2"):
         assert float((details[name] - details["x"]).abs().max()) <= eps * (1 + 1e-6)
-    assert frame["difference"].between(0, 1).all() and frame["inside"].any() and not frame["inside"].all()
+    assert frame["difference"].between(0, 1).all() and (frame["disagree"] == (frame["margin"] < 0)).all()
+    assert frame[["a", "b"]].abs().max().tolist() == [1, 1], "the ball's cut fills the square"
     teacher, student = experiment.teacher(p), experiment.student(p, "SD")
     classes = [int(evaluation.predictions(net, details["x2"])) for net in (teacher, student)]
     assert classes[0] == classes[1], "x₂ is where both still agree"

@@ -29,12 +29,26 @@ def test_table_4_as_printed():
             *("Flatten", "Linear", "ReLU", "Linear", "ReLU", "Linear"),
         ]
         first, pool, second, third = (network[k] for k in (0, 2, 3, 5))
-        assert (first.in_channels, first.out_channels, first.kernel_size, first.stride) == (3, one, (3, 3), (2, 2))
+        assert (first.in_channels, first.out_channels, first.kernel_size, first.stride) == (
+            3,
+            one,
+            (3, 3),
+            (2, 2),
+        )
         assert (pool.kernel_size, pool.stride) == (2, 2)
         assert (second.out_channels, second.stride, second.padding) == (16, (2, 2), (1, 1))
-        assert (third.in_channels, third.out_channels, third.stride, third.padding) == (16, 32, (1, 1), (0, 0))
+        assert (third.in_channels, third.out_channels, third.stride, third.padding) == (
+            16,
+            32,
+            (1, 1),
+            (0, 0),
+        )
         linear = [layer for layer in network if isinstance(layer, nn.Linear)]
-        assert [(m.in_features, m.out_features) for m in linear] == [(128, width), (width, width // 2), (width // 2, 10)]
+        assert [(m.in_features, m.out_features) for m in linear] == [
+            (128, width),
+            (width, width // 2),
+            (width // 2, 10),
+        ]
         assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 

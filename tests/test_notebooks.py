@@ -25,9 +25,7 @@ def test_refreshing_twice_gives_the_same_bytes(home, monkeypatch):
     first = path.read_bytes()
     notebooks.refresh(["first"], report=lambda line: None)
     assert path.read_bytes() == first
-    streams, table, seven = (
-        output for cell in json.loads(first)["cells"] for output in cell.get("outputs", [])
-    )
+    streams, table, seven = (output for cell in json.loads(first)["cells"] for output in cell.get("outputs", []))
     assert streams["text"] == ["30%\n", "<object object at 0x0>\n"]
     assert "T_cell4t0" in "".join(table["data"]["text/html"])
     assert seven["execution_count"] == 5 and str(home.folder) not in first.decode()
@@ -127,9 +125,7 @@ def test_only_code_counts_in_the_package(tmp_path):
         (lambda n: n["cells"][0].update(source="x" * notebooks.SIZE_LIMIT), "larger than 1.5 MB"),
         (lambda n: n["cells"][3]["outputs"].append({"output_type": "error"}), "cell 4 ends in an error"),
         (
-            lambda n: n["cells"][3]["outputs"].append(
-                {"output_type": "stream", "name": "stderr", "text": "!"}
-            ),
+            lambda n: n["cells"][3]["outputs"].append({"output_type": "stream", "name": "stderr", "text": "!"}),
             "cell 4 shows a warning",
         ),
         (lambda n: n.pop("cells"), "is no notebook"),

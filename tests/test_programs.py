@@ -169,9 +169,7 @@ def test_ladder_and_truth(kind):
 
 
 def test_pool_milp_is_exact_in_a_decided_and_an_undecided_window():
-    network = nn.Sequential(
-        nn.MaxPool2d(2, stride=1), nn.Flatten()
-    ).double()  # two overlapping windows, two logits
+    network = nn.Sequential(nn.MaxPool2d(2, stride=1), nn.Flatten()).double()  # two overlapping windows, two logits
     x = torch.tensor([[[[0.0, 5.0, 0.3], [0.1, 0.2, 0.0]]]], dtype=torch.float64)
     x[0, 0, 0, 1] = 0.25
     eps = 0.2
@@ -357,9 +355,7 @@ def gurobi_or_skip(network, x):
 def test_gurobi_and_highs_agree(method):
     network, x, eps = tiny()
     gurobi_or_skip(network, x)
-    found = [
-        difference_bounds(network, x, eps, method=method, solver=name) for name in ("highs", "gurobi", "auto")
-    ]
+    found = [difference_bounds(network, x, eps, method=method, solver=name) for name in ("highs", "gurobi", "auto")]
     assert torch.allclose(found[0], found[1], atol=1e-6, rtol=0) and torch.equal(found[1], found[2])
 
 

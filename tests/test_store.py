@@ -36,9 +36,7 @@ def never():
 
 
 def frame(x=1.5):
-    return pd.DataFrame(
-        {"eps": ["8/255", "0.025"], "value": [x, 0.1 + 0.2], "n": [1, 2], "ok": [True, False]}
-    )
+    return pd.DataFrame({"eps": ["8/255", "0.025"], "value": [x, 0.1 + 0.2], "n": [1, 2], "ok": [True, False]})
 
 
 def weights(net, checkpoint=None):
@@ -51,12 +49,8 @@ def net():
 
 def run(code, *arguments, **options):
     """Start a Python process that works in the same store."""
-    code = "import os, signal, sys, time\nimport pandas as pd\nfrom faithkd import store\n" + textwrap.dedent(
-        code
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True, **options
-    )
+    code = "import os, signal, sys, time\nimport pandas as pd\nfrom faithkd import store\n" + textwrap.dedent(code)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True, **options)
 
 
 def wait_for(path, seconds=60):
@@ -130,9 +124,7 @@ def test_table_is_made_once_and_comes_back_the_same():
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(
     st.lists(
-        st.tuples(
-            st.floats(), st.floats(width=32), st.integers(-(2**63), 2**63 - 1), st.booleans(), st.text()
-        ),
+        st.tuples(st.floats(), st.floats(width=32), st.integers(-(2**63), 2**63 - 1), st.booleans(), st.text()),
         max_size=5,
     )
 )
@@ -253,9 +245,7 @@ def test_damage_is_told_put_aside_and_made_again(spoil, kind):
     assert not store.exists(kind, {"a": 1})
     with pytest.warns(UserWarning) as caught:
         assert get(1.5) == good
-    assert (
-        len(caught) == 1 and str(payload) in str(caught[0].message) and "made again" in str(caught[0].message)
-    )
+    assert len(caught) == 1 and str(payload) in str(caught[0].message) and "made again" in str(caught[0].message)
     assert list((store.root() / kind).glob("*.damaged"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -371,9 +361,7 @@ def test_no_pickle_is_ever_opened(tmp_path):
     sidecar = next((store.root() / "networks").glob("*.json"))
     payload = sidecar.with_suffix(".safetensors")
     payload.write_bytes(bomb)
-    sidecar.write_text(
-        json.dumps(json.loads(sidecar.read_text()) | {"sha256": store.hashlib.sha256(bomb).hexdigest()})
-    )
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"sha256": store.hashlib.sha256(bomb).hexdigest()}))
     (store.root() / "networks" / f"{store.key('networks', a=1)}.checkpoint").write_bytes(bomb)
 
     def build(checkpoint):
@@ -455,11 +443,7 @@ def test_checkpoint_round_trip_and_damage(tmp_path):
     store.checkpoint.save(path, {}, {})
     store.checkpoint.save(path, tensors, meta)
     loaded, loaded_meta = store.checkpoint.load(path)
-    assert (
-        loaded_meta == meta
-        and torch.equal(loaded["state"], tensors["state"])
-        and loaded["w"][0] == tensors["w"][0]
-    )
+    assert loaded_meta == meta and torch.equal(loaded["state"], tensors["state"]) and loaded["w"][0] == tensors["w"][0]
     good = path.read_bytes()
     position = good.index(b"epoch")
     for bad in (

@@ -64,7 +64,7 @@ def test_the_teacher_is_left_alone(teacher):
     assert same(before, teacher.state_dict())
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -76,11 +76,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, teacher, monkeypatch, stop):
 
     def dying(*arguments):
         if arguments[6] == stop:
-            raise Killed
+            raise KilledError
         return epoch(*arguments)
 
     monkeypatch.setattr(training, "_epoch", dying)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(p, "FD", teacher, place)
     monkeypatch.setattr(training, "_epoch", epoch)
     resumed, resumed_history = train(p, "FD", teacher, place)
@@ -117,7 +117,14 @@ def test_eps_and_step_are_ramped_from_zero(monkeypatch):
 def test_early_stopping_keeps_the_best_epoch(teacher, monkeypatch):
     """The held-out accuracy is dictated; training must stop `patience` epochs after its peak and return its weights."""
     p = small(**{"train.patience": 2, "train.ramp_epochs": 1})
-    script = [0.9, 0.5, 0.8, 0.7, 0.8, 0.95]  # epoch 1 lies in the ramp and does not count; 3 is the best; stop after 5
+    script = [
+        0.9,
+        0.5,
+        0.8,
+        0.7,
+        0.8,
+        0.95,
+    ]  # epoch 1 lies in the ramp and does not count; 3 is the best; stop after 5
     snapshots, record = [], training._record
 
     def dictated(state, network, held_out, *rest):

@@ -96,9 +96,7 @@ def faithfulness_upper_bound(
     climbs = [climber(network, choices) for network in pair]
     # the same pieces for every method, so that the ladder of methods holds to the last bit
     for part in image_chunks(pair, len(x)):
-        (of_teacher, teacher_notes), (of_student, student_notes) = (
-            climb(lower[part], upper[part]) for climb in climbs
-        )
+        (of_teacher, teacher_notes), (of_student, student_notes) = (climb(lower[part], upper[part]) for climb in climbs)
         bound = torch.stack([pair_bound(*rung) for rung in zip(of_teacher, of_student, strict=True)]).amin(0)
         finite = (of_teacher[-1].isfinite() & of_student[-1].isfinite()).flatten(1).all(1)
         values[part] = torch.where(finite, bound, 1.0)
@@ -118,9 +116,7 @@ def climber(network: Network, choices: Choices) -> Callable[[Tensor, Tensor], tu
     if "lp" in names:
         from faithkd.bounds import programs  # cvxpy takes seconds to import
 
-        solved = {
-            name: programs.solver(network, name, choices.solver, choices.max_nodes) for name in names[2:]
-        }
+        solved = {name: programs.solver(network, name, choices.solver, choices.max_nodes) for name in names[2:]}
 
     def climb(lower: Tensor, upper: Tensor) -> tuple[list[Tensor], list[str]]:
         boxes = interval(network, lower, upper)

@@ -71,11 +71,7 @@ def crown(network: Network, lower: Tensor, upper: Tensor) -> list[Box]:
     seen = 0  # affine layers so far
     for k, layer in enumerate(network.layers):
         # behind the first affine layer the interval is exact already
-        if (
-            seen > 1
-            and isinstance(layer, nn.ReLU | nn.MaxPool2d)
-            and isinstance(network.layers[k - 1], AFFINE)
-        ):
+        if seen > 1 and isinstance(layer, nn.ReLU | nn.MaxPool2d) and isinstance(network.layers[k - 1], AFFINE):
             bounds[k] = refine(network, bounds, k)
         bounds.append(interval_step(layer, *bounds[k]))
         seen += isinstance(layer, AFFINE)
@@ -206,9 +202,7 @@ def back_pool(
     interval rule, §4.2).
     """
     places = windows(pool, shape)
-    low, high = (
-        box.flatten(2)[:, :, places.clamp(min=0)] for box in (lower, upper)
-    )  # (N, channels, window, outputs)
+    low, high = (box.flatten(2)[:, :, places.clamp(min=0)] for box in (lower, upper))  # (N, channels, window, outputs)
     low, high = (box.masked_fill(places < 0, -math.inf) for box in (low, high))
     best = low.argmax(2, keepdim=True)
     others = high.scatter(2, best, -math.inf).amax(2)
@@ -244,9 +238,7 @@ def as_matrix(values: Tensor, pairs: Tensor, classes: int) -> Tensor:
 def box_differences(lower: Tensor, upper: Tensor) -> Tensor:
     """Largest z_j - z_i over a box of logits, eq. (9): `(N, C)` twice to `(N, C, C)` at (i, j)."""
     highest = upper.unsqueeze(1) - lower.unsqueeze(2)
-    highest = torch.nextafter(highest, torch.full_like(highest, math.inf)).nan_to_num(
-        math.inf, math.inf, math.inf
-    )
+    highest = torch.nextafter(highest, torch.full_like(highest, math.inf)).nan_to_num(math.inf, math.inf, math.inf)
     return highest.masked_fill(torch.eye(lower.shape[1], dtype=torch.bool), 0.0)
 
 

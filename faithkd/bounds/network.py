@@ -59,11 +59,7 @@ def refuse_hooks(module: nn.Module, where: str) -> None:
 def check_layer(module: nn.Module, where: str) -> None:
     """Refuse, with its position and class, every layer the bounds do not know."""
     if type(module) not in LAYERS:
-        hint = (
-            " (leave it out: it does nothing in evaluation)"
-            if isinstance(module, nn.Identity | nn.Dropout)
-            else ""
-        )
+        hint = " (leave it out: it does nothing in evaluation)" if isinstance(module, nn.Identity | nn.Dropout) else ""
         raise FaithkdError(
             f"{where} is a {type(module).__name__}, which cannot be bounded{hint}; "
             f"known layers: {', '.join(layer.__name__ for layer in LAYERS)}"
@@ -71,9 +67,7 @@ def check_layer(module: nn.Module, where: str) -> None:
     refuse_hooks(module, where)
     for kind, weight in module.named_parameters():
         if not weight.is_floating_point():
-            raise FaithkdError(
-                f"{where}: the {kind} is of type {weight.dtype}, not a real floating-point number"
-            )
+            raise FaithkdError(f"{where}: the {kind} is of type {weight.dtype}, not a real floating-point number")
         if not torch.isfinite(weight).all():
             raise FaithkdError(f"{where}: the {kind} holds NaN or infinity; train or load the network again")
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
@@ -113,9 +107,7 @@ def output_shape(layer: nn.Module, shape: tuple[int, ...], where: str) -> tuple[
     wanted = {nn.Linear: 1, nn.Conv2d: 3, nn.MaxPool2d: 3}.get(type(layer))
     if wanted is not None and len(shape) != wanted:
         kind = "a flat vector (put nn.Flatten() before it)" if wanted == 1 else "(channels, height, width)"
-        raise FaithkdError(
-            f"{where}: {type(layer).__name__} needs {kind}, but gets an input of shape {shape}"
-        )
+        raise FaithkdError(f"{where}: {type(layer).__name__} needs {kind}, but gets an input of shape {shape}")
     try:
         after = tuple(forward(layer, torch.zeros(1, *shape, dtype=torch.float64)).shape[1:])
     except RuntimeError as problem:
@@ -168,19 +160,13 @@ def ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tens
     if clip is None:
         return lower, upper
     try:
-        low, high = (
-            torch.as_tensor(end, dtype=torch.float64, device="cpu").broadcast_to(x.shape) for end in clip
-        )
+        low, high = (torch.as_tensor(end, dtype=torch.float64, device="cpu").broadcast_to(x.shape) for end in clip)
     except (RuntimeError, TypeError, ValueError) as problem:
-        raise FaithkdError(
-            f"clip must be (low, high), each broadcastable to x of shape {tuple(x.shape)}"
-        ) from problem
+        raise FaithkdError(f"clip must be (low, high), each broadcastable to x of shape {tuple(x.shape)}") from problem
     # images are made in float32, so their values may lie a few of its roundings outside the range
     room = 1e-5 * (1 + x.abs())
     if not ((low - room <= x) & (x <= high + room)).all():
-        raise FaithkdError(
-            "x lies outside clip=(low, high), or clip holds NaN; are both in the networks' input space?"
-        )
+        raise FaithkdError("x lies outside clip=(low, high), or clip holds NaN; are both in the networks' input space?")
     return torch.maximum(lower, torch.minimum(low, x)), torch.minimum(upper, torch.maximum(high, x))
 
 
@@ -217,9 +203,7 @@ def transpose(layer: nn.Module, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
     left, right, top, bottom = padding(layer)
     channels, height, width = shape
     padded = (len(rows), channels, height + top + bottom, width + left + right)
-    grad = torch.nn.grad.conv2d_input(
-        padded, layer.weight, rows, layer.stride, 0, layer.dilation, layer.groups
-    )
+    grad = torch.nn.grad.conv2d_input(padded, layer.weight, rows, layer.stride, 0, layer.dilation, layer.groups)
     return grad[:, :, top : top + height, left : left + width]
 
 

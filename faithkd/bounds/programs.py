@@ -169,9 +169,7 @@ def pool_milp(y: cp.Variable, z: cp.Variable, pool: nn.MaxPool2d, shape: tuple[i
     outputs, inputs = selection(pool, shape)
     room = cp.Parameter(len(inputs), nonneg=True)
     chosen = cp.Variable(len(inputs), boolean=True)
-    count = sp.csr_array(
-        (np.ones(len(outputs)), (outputs, np.arange(len(outputs)))), shape=(y.size, len(outputs))
-    )
+    count = sp.csr_array((np.ones(len(outputs)), (outputs, np.arange(len(outputs)))), shape=(y.size, len(outputs)))
 
     def setter(low, high):
         assign((room,), window_max(high, outputs, inputs, y.size)[outputs] - low[inputs])
@@ -224,9 +222,7 @@ def check_highs(milp: bool) -> None:
     try:
         version = metadata.version("highspy")
     except metadata.PackageNotFoundError as problem:
-        raise FaithkdError(
-            "the solver HiGHS is missing; install it by: pip install 'highspy>=1.15.1'"
-        ) from problem
+        raise FaithkdError("the solver HiGHS is missing; install it by: pip install 'highspy>=1.15.1'") from problem
     numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:3])
     if milp and numbers < OLDEST_HIGHS:
         raise FaithkdError(
@@ -307,8 +303,7 @@ def lp_differences(
     set_image(program, bounds)
     rows, pairs = difference_rows(network.classes)
     slopes = {
-        k: relu_lines(*bounds[k])[2].repeat(len(rows), *[1] * (bounds[k][0].ndim - 1))
-        for k in program.multipliers
+        k: relu_lines(*bounds[k])[2].repeat(len(rows), *[1] * (bounds[k][0].ndim - 1)) for k in program.multipliers
     }
     missing = 0
     for r, row in enumerate(rows):
@@ -317,9 +312,7 @@ def lp_differences(
         for k, share in (found or {}).items():
             share = torch.as_tensor(share).view(network.shapes[k])
             slopes[k][r] = torch.where(share.isnan(), slopes[k][r], share)
-    values = backward(
-        network, bounds, rows.unsqueeze(0), slopes={k: slope.unsqueeze(0) for k, slope in slopes.items()}
-    )
+    values = backward(network, bounds, rows.unsqueeze(0), slopes={k: slope.unsqueeze(0) for k, slope in slopes.items()})
     note = f"LP without multipliers for {missing} of {len(rows)} differences: CROWN's bound stays"
     return torch.minimum(highest, as_matrix(values, pairs, network.classes)[0]), note if missing else ""
 
