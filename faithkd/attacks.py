@@ -28,6 +28,7 @@ def random_start(lower: torch.Tensor, upper: torch.Tensor, generator: torch.Gene
     return torch.clamp(lower + share * (upper - lower), lower, upper)
 
 
+@torch.enable_grad()  # also where the caller has switched gradients off
 def ascend(
     objective: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
@@ -54,6 +55,7 @@ def ascend(
     return z
 
 
+@torch.enable_grad()
 def search(
     objective: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     x: torch.Tensor,

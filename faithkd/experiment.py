@@ -1,16 +1,13 @@
 """The paper's experiments: what the notebooks call. Each loads what is in the store and makes what is not."""
 
-import ast
 import hashlib
-import inspect
-from textwrap import dedent
 
 import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import data, evaluation, losses, models, store, training
+from faithkd import data, evaluation, losses, models, source, store, training
 from faithkd.attacks import ball, search
 from faithkd.bounds import faithfulness_upper_bound
 from faithkd.data import Split
@@ -370,16 +367,9 @@ def _progress(work: list, description: str) -> tqdm:
 
 
 def _code(method: str) -> str:
-    """A digest of the loss and the attack as written, without comments and docstrings: edit one, and it retrains."""
+    """A digest of the loss and the attack as written: edit one, and it is trained anew."""
     chosen = METHODS.get(method, training.ADVERSARIAL)
-    digest = hashlib.sha256()
-    for function in filter(None, (chosen.loss, chosen.attack, losses.kl, losses.cross_entropy)):
-        tree = ast.parse(dedent(inspect.getsource(function)))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
+    return source.digest(*filter(None, (chosen.loss, chosen.attack, losses.kl, losses.cross_entropy)))
 
 
 def _label(method: str, alpha: float | None) -> str:

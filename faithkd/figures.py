@@ -190,7 +190,7 @@ def curves(histories: dict[str, pd.DataFrame]) -> Figure:
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
     left.legend()
-    right.legend(loc="lower right", ncols=1 if len(histories) < 3 else 2, fontsize="small")
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     return figure
 
 
@@ -303,7 +303,7 @@ def histograms(faithfulness: pd.DataFrame) -> Figure:
     for axes in grid[-1]:
         axes.set(xlabel="bound on δ*", xlim=(0, 1))
         axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-    grid[0, -1].legend(fontsize="small", loc="upper right")
+    grid[0, 0].legend(fontsize="x-small", loc="upper right")
     return figure
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from faithkd import paths
 from faithkd.errors import FaithkdError
+from faithkd.source import structure
 
 PROFILE = "digits"  # what the committed notebooks are executed on
 SIZE_LIMIT = 1_500_000  # bytes; beyond it a repository's web page no longer shows a notebook well
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-TOOLS = {"cli.py", "notebooks.py"}  # modules of the package that no notebook's output depends on
+TOOLS = {"cli.py", "notebooks.py", "source.py"}  # modules of the package that no notebook's output depends on
 KERNEL = {  # for every execution; the level, because a kernel reports to the terminal also when we stop it
     "kernel_name": "python3",
     "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],
@@ -89,26 +89,11 @@ def code_digest(folder: Path) -> str:
     """Hash of the package's code without comments, docstrings and layout, the same in all Python versions."""
     modules = sorted(path for path in folder.rglob("*.py") if path.name not in TOOLS)
     try:
-        trees = [_structure(ast.parse(path.read_bytes(), path)) for path in modules]
+        trees = [structure(ast.parse(path.read_bytes(), path)) for path in modules]
     except SyntaxError as error:
         raise NotebookError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
     names = [path.relative_to(folder).as_posix() for path in modules]
     return hashlib.sha256(json.dumps([names, trees]).encode()).hexdigest()
-
-
-def _structure(node):
-    """A syntax tree as nested lists; `ast.dump` is not the same in all versions of Python."""
-    if isinstance(node, list):
-        return [_structure(entry) for entry in node]
-    if not isinstance(node, ast.AST):
-        return ascii(node)
-    fields = dict(ast.iter_fields(node))
-    if isinstance(node, DOCUMENTED) and ast.get_docstring(node):
-        fields["body"] = node.body[1:]
-    if isinstance(node, ast.JoinedStr):  # 3.12 adds empty pieces
-        fields["values"] = [piece for piece in node.values if getattr(piece, "value", None) != ""]
-    kept = [[name, _structure(value)] for name, value in fields.items() if value is not None and value != []]
-    return [type(node).__name__, *kept]
 
 
 # --- checks without execution

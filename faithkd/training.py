@@ -1,5 +1,7 @@
 """Adversarial training (eqs 2–3) and distillation (eqs 1, 4, 5, 12): one loop, SGD, cosine, early stopping, resume."""
 
+import math
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from tqdm import tqdm
 from faithkd import store
 from faithkd.attacks import Clip, ascend
 from faithkd.data import Split
-from faithkd.losses import METHODS, Method, attack_labels, cross_entropy
+from faithkd.losses import Method, attack_labels, cross_entropy
 
 # Raise this number when a change to training alters the networks that come out: it is part of every network's key,
 # so that no network trained by an older recipe is taken for a new one. tests/test_training.py notices the need.
@@ -25,6 +27,12 @@ def adversarial(labels_only: nn.Module, _teacher, x, x_adv, y, alpha, temperatur
 
 
 ADVERSARIAL = Method(adversarial, attack_labels, "adversarial training")
+
+
+def cosine(settings, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch (from 0) on one run of cosine annealing from `learning_rate` to its minimum, §A."""
+    low, high = float(settings.learning_rate_min), float(settings.learning_rate)
+    return low + (high - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
 @dataclass
@@ -53,7 +61,7 @@ def fit(
     checkpoint: Path | None = None,
     description: str = "training",
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Train `network` and return its best weights and one row of history per epoch, eqs (1)–(5), (12).
+    """Train `network` in place; return its best weights and one row of history per epoch, eqs (1)–(5), (12).
 
     `teacher=None` trains adversarially on labels, eq. (3); otherwise `method` (one of `losses.METHODS`, or your own)
     distils from `teacher`. `settings` holds learning_rate, learning_rate_min, weight_decay and, for students, alpha
@@ -64,25 +72,24 @@ def fit(
     method = method or ADVERSARIAL
     network, train, held_out = network.to(device), _to(train, device), _to(held_out, device)
     if teacher is not None:
-        teacher = teacher.to(device).eval().requires_grad_(False)
+        teacher = deepcopy(teacher).to(device).eval().requires_grad_(False)
     clip = clip and (clip[0].to(device), clip[1].to(device))
     optimizer = torch.optim.SGD(
         network.parameters(),
-        lr=float(settings.learning_rate),
+        lr=settings.learning_rate,
         momentum=schedule.momentum,
         weight_decay=settings.weight_decay,
     )
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, T_max=schedule.epochs, eta_min=float(settings.learning_rate_min)
-    )
     generator = torch.Generator().manual_seed(seed)
-    state = _resume(checkpoint, network, optimizer, cosine, generator) or State()
+    state = _resume(checkpoint, network, optimizer, generator) or State()
 
     bar = tqdm(total=schedule.epochs, initial=state.epoch, desc=description, unit="epoch", leave=False)
     while state.epoch < schedule.epochs and not _out_of_patience(state, schedule):
+        rate = cosine(settings, state.epoch, schedule.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         loss = _epoch(network, teacher, train, method, settings, schedule, state.epoch, optimizer, clip, generator)
-        _record(state, network, held_out, schedule, clip, loss, cosine.get_last_lr()[0], seed)
-        cosine.step()
+        _record(state, network, held_out, schedule, clip, loss, rate, seed)
         if checkpoint is not None:
             _save(checkpoint, state, network, optimizer, generator)
         bar.update()
@@ -190,7 +197,7 @@ def _save(path: Path, state: State, network, optimizer, generator) -> None:
     store.checkpoint.save(path, tensors, meta)
 
 
-def _resume(path: Path | None, network, optimizer, cosine, generator) -> State | None:
+def _resume(path: Path | None, network, optimizer, generator) -> State | None:
     if path is None or (loaded := store.checkpoint.load(path)) is None:
         return None
     tensors, meta = loaded
@@ -204,13 +211,4 @@ def _resume(path: Path | None, network, optimizer, cosine, generator) -> State |
         buffer = tensors[f"momentum.{number}"].to(parameter.device)
         optimizer.state[parameter]["momentum_buffer"] = buffer
     generator.set_state(tensors["generator"])
-    # Its rate is a recursion from epoch to epoch: replaying it gives the very same floating-point numbers.
-    for _ in range(state.epoch):
-        optimizer._opt_called = (
-            True  # scheduler.step() warns unless an optimiser step came first; it did, before the kill
-        )
-        cosine.step()
     return state
-
-
-__all__ = ["ADVERSARIAL", "METHODS", "RECIPE", "fit"]

@@ -104,3 +104,12 @@ def test_clip_keeps_inputs_valid():
     x, clip = torch.rand(10, 4, generator=generator()), (torch.tensor(0.0), torch.tensor(1.0))
     z = ascend(lambda z: z.sum(1), x, 0.9, steps=5, step_size=0.3, generator=generator(), clip=clip)
     assert float(z.max()) <= 1 and float(z.min()) >= 0
+
+
+def test_attacks_work_where_gradients_are_switched_off():
+    with torch.no_grad():
+        point, _ = search(
+            lambda z: 2 * (z.sum(1),), torch.zeros(1, 2), 0.5, steps=9, step_size=0.2, restarts=1, generator=generator()
+        )
+        z = ascend(lambda z: z.sum(1), torch.zeros(1, 2), 0.5, steps=9, step_size=0.2, generator=generator())
+    assert point.tolist() == z.tolist() == [[0.5, 0.5]]
