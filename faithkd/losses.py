@@ -26,43 +26,21 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(logits, y, reduction="none")
 
 
-def sd(
-    student: nn.Module,
-    teacher: nn.Module,
-    x: Tensor,
-    x_adv: Tensor,
-    y: Tensor,
-    alpha: float,
-    temperature: float,
-):
+def sd(student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, alpha: float, temperature: float):
     """Standard distillation, α T² L_KL(f_s(x;T), f_t(x;T)) + (1−α) L_CE(f_s(x;1), y), eq. (1). Mean over the batch."""
     logits = student(x)
     soft = temperature**2 * kl(logits, teacher(x), temperature)
     return (alpha * soft + (1 - alpha) * cross_entropy(logits, y)).mean()
 
 
-def ard(
-    student: nn.Module,
-    teacher: nn.Module,
-    x: Tensor,
-    x_adv: Tensor,
-    y: Tensor,
-    alpha: float,
-    temperature: float,
-):
+def ard(student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, alpha: float, temperature: float):
     """Adversarially robust distillation, α T² L_KL(f_s(x+δ₀;T), f_t(x;T)) + (1−α) L_CE(f_s(x;1), y), eq. (4)."""
     soft = temperature**2 * kl(student(x_adv), teacher(x), temperature)
     return (alpha * soft + (1 - alpha) * cross_entropy(student(x), y)).mean()
 
 
 def rslad(
-    student: nn.Module,
-    teacher: nn.Module,
-    x: Tensor,
-    x_adv: Tensor,
-    y: Tensor,
-    alpha: float,
-    temperature: float,
+    student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, alpha: float, temperature: float
 ):
     """Robust soft label distillation, α L_KL(f_s(x+δ₀), f_t(x)) + (1−α) L_KL(f_s(x), f_t(x)), eq. (5).
 
@@ -73,15 +51,7 @@ def rslad(
     return soft.mean()
 
 
-def fd(
-    student: nn.Module,
-    teacher: nn.Module,
-    x: Tensor,
-    x_adv: Tensor,
-    y: Tensor,
-    alpha: float,
-    temperature: float,
-):
+def fd(student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, alpha: float, temperature: float):
     """Faithful distillation, α T² L_KL(f_s(x+δ₀;T), f_t(x+δ₀;T)) + (1−α) L_CE(f_s(x;1), y), eq. (12)."""
     soft = temperature**2 * kl(student(x_adv), teacher(x_adv), temperature)
     return (alpha * soft + (1 - alpha) * cross_entropy(student(x), y)).mean()
