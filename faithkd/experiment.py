@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import data, evaluation, losses, models, source, store, training
+from faithkd import data, evaluation, losses, models, store, training
 from faithkd.attacks import ball, search
 from faithkd.bounds import faithfulness_upper_bound
 from faithkd.data import Split
+from faithkd.errors import FaithkdError
 from faithkd.losses import METHODS
 from faithkd.paper import STUDENTS
 from faithkd.params import Params, Ratio
@@ -368,8 +369,13 @@ def _progress(work: list, description: str) -> tqdm:
 
 def _code(method: str) -> str:
     """A digest of the loss and the attack as written: edit one, and it is trained anew."""
-    chosen = METHODS.get(method, training.ADVERSARIAL)
-    return source.digest(*filter(None, (chosen.loss, chosen.attack, losses.kl, losses.cross_entropy)))
+    code = METHODS.get(method, training.ADVERSARIAL).code
+    if not code:
+        raise FaithkdError(
+            f"the source of {method}'s loss or attack cannot be read, so its networks could not be told from others; "
+            "define both with def in a file or a notebook cell"
+        )
+    return code
 
 
 def _label(method: str, alpha: float | None) -> str:

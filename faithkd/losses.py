@@ -1,11 +1,13 @@
 """The distillation losses: SD (1), ARD (4), RSLAD (5) and FD (12), each with its inner maximisation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from faithkd import source
 
 Objective = Callable[[Tensor], Tensor]
 
@@ -78,12 +80,19 @@ def attack_difference(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tens
 class Method:
     """A way to distil: `loss(student, teacher, x, x_adv, y, alpha, temperature)` → scalar, and the objective of δ₀.
 
-    `attack(student, teacher, x, y)` returns what the inner maximisation ascends, or is None where x_adv = x.
+    `attack(student, teacher, x, y)` returns what the inner maximisation ascends, or is None where x_adv = x. `code`
+    is a digest of both as written when the method was made; it is empty where the source cannot be read.
     """
 
     loss: Callable[..., Tensor]
     attack: Callable[..., Objective] | None
     title: str
+    code: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Now, not when it is asked for: the file may be edited while a long run still works with what it imported.
+        parts = filter(None, (self.loss, self.attack, kl, cross_entropy))
+        object.__setattr__(self, "code", source.digest(*parts))
 
 
 METHODS = {

@@ -26,6 +26,12 @@ def structure(node):
 
 
 def digest(*functions: Callable) -> str:
-    """16 hexadecimal digits that change with what the functions do, wherever they are written, notebooks included."""
-    trees = [structure(ast.parse(dedent(inspect.getsource(function)))) for function in functions]
+    """16 hexadecimal digits that change with what the functions do, wherever they are written, notebooks included.
+
+    Empty where the source of one cannot be read, as for functions typed into a bare interpreter.
+    """
+    try:
+        trees = [structure(ast.parse(dedent(inspect.getsource(function)))) for function in functions]
+    except (OSError, TypeError, SyntaxError):  # a lambda inside an expression does not parse by itself
+        return ""
     return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from faithkd import data, evaluation, experiment, figures, losses, paper, params, tables
+from faithkd.errors import FaithkdError
 from faithkd.losses import Method
 from faithkd.paper import STUDENTS
 
@@ -66,6 +67,13 @@ def test_an_edited_loss_is_trained_anew(p, monkeypatch):
 
     monkeypatch.setitem(losses.METHODS, "SD", Method(edited, None, "edited"))
     assert experiment.fingerprint(experiment.student(p, "SD")) != before
+
+
+def test_a_loss_without_source_is_refused(p, monkeypatch):
+    nameless = Method(eval("lambda *arguments: 0.0"), None, "typed in")
+    monkeypatch.setitem(losses.METHODS, "SD", nameless)
+    with pytest.raises(FaithkdError, match="cannot be read"):
+        experiment.student(p, "SD")
 
 
 def test_unknown_methods_are_refused(p):
