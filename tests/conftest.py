@@ -35,6 +35,14 @@ def real_data(monkeypatch) -> Path:
     pytest.skip("the real image sets are not here: set FAITHKD_DATA to a folder that holds them")
 
 
+# `python -m faithkd.cli`, which Ctrl-C reaches also where the tests were started with interrupts ignored (nohup, &).
+LAUNCH = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("faithkd.cli", run_name="__main__", alter_sys=True)
+"""
+
+
 class Home:
     """A repository in a temporary folder: the real params/, and the notebooks that a test puts into it."""
 
@@ -61,7 +69,7 @@ class Home:
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         """`faithkd ...` as a process, both outputs in one pipe."""
         return subprocess.Popen(
-            [sys.executable, "-m", "faithkd.cli", *arguments],
+            [sys.executable, "-c", LAUNCH, *arguments],
             env={**self.environment, **environment},
             cwd=self.folder,
             stdout=subprocess.PIPE,
