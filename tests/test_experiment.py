@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from faithkd import data, evaluation, experiment, figures, losses, paper, params, tables
+from faithkd import data, evaluation, experiment, figures, losses, paper, params, source, tables
 from faithkd.errors import FaithkdError
 from faithkd.losses import Method
 from faithkd.paper import STUDENTS
@@ -67,6 +67,31 @@ def test_an_edited_loss_is_trained_anew(p, monkeypatch):
 
     monkeypatch.setitem(losses.METHODS, "SD", Method(edited, None, "edited"))
     assert experiment.fingerprint(experiment.student(p, "SD")) != before
+
+
+def test_measurements_follow_the_code_that_makes_them(p, monkeypatch, tmp_path):
+    """A bound stored by other code must not be read back; comments and docstrings do not count."""
+    file = tmp_path / "engine.py"
+    digests = []
+    for code in (
+        "def f(x):\n    return x",
+        'def f(x):\n    """Doc."""\n    return x  # why',
+        "def f(x):\n    return -x",
+    ):
+        file.write_text(code)
+        digests.append(source.digest_files(file))
+    assert digests[0] == digests[1] != digests[2]
+    images, guide = data.test_subset(p)[slice(0, 2)], experiment.teacher(p)
+    before = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
+    monkeypatch.setattr(experiment, "MEASURE", "another engine")
+    made = []
+    monkeypatch.setattr(
+        experiment,
+        "_upper_bound",
+        lambda *a: made.append(a) or pd.DataFrame({"FaithUB": [1.0, 1.0], "status": ["certified"] * 2}),
+    )
+    after = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
+    assert made and (after["FaithUB"] == 1).all() and (before["FaithUB"] < 1).all()
 
 
 def test_a_loss_without_source_is_refused(p, monkeypatch):
