@@ -7,7 +7,8 @@ PY := .venv/bin/python
 
 figures: .venv/ready
 	@$(PY) -m faithkd.cli run --profile '$(PROFILE)' $(foreach s,$(SET),--set '$(s)') \
-	    $(foreach n,$(ONLY),--only '$(n)') $(if $(RETRAIN),--retrain)
+	    $(foreach n,$(ONLY),--only '$(n)') $(if $(RETRAIN),--retrain) \
+	    $(if $(JOBS),--jobs '$(JOBS)') $(if $(CLUSTER),--cluster '$(CLUSTER)')
 
 test: .venv/ready
 	@sh .ci/checks
@@ -31,6 +32,7 @@ clean:
 
 help:
 	@echo 'make figures [PROFILE=digits] [SET="train.epochs=2 data.test_images=100"] [ONLY="08 09"] [RETRAIN=1]'
+	@echo '             [JOBS=4 | CLUSTER=tcp://127.0.0.1:8786]'
 	@echo '    all tables and figures, to figures/PROFILE/; PROFILE is one of' $(sort $(basename $(notdir $(wildcard params/*.yaml))))
 	@echo 'make lab          the notebooks in JupyterLab'
 	@echo 'make test         lint, unit tests, notebooks, everything from an empty store, the browser'

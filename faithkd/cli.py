@@ -21,7 +21,7 @@ from typing import Annotated
 
 import typer
 
-from faithkd import notebooks, paths
+from faithkd import notebooks, parallel, paths
 from faithkd.errors import FaithkdError
 
 BAR_EVERY = 20.0  # seconds between two states of a progress bar where they cannot overwrite each other
@@ -71,12 +71,19 @@ def run(
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Use nothing that was computed or trained before.")
     ] = False,
+    jobs: Annotated[
+        str | None, typer.Option(metavar="N", help="Processes for bounds and attacks; without it one on each core.")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A dask scheduler whose workers do that work instead.")
+    ] = None,
 ) -> None:
     """Execute the notebooks: tables and figures to figures/<profile>/, the notebooks to runs/<profile>/."""
     from faithkd import params
 
     p = params.load(profile, settings or [])
     chosen = notebooks.pick(only or [])
+    _share_out(jobs, cluster)
     folder = _runs_folder() / p.name
     if dry_run:
         _plan(p, chosen, folder, _open_retrain(folder) or "new" if retrain else None)
@@ -126,6 +133,18 @@ def committed(
     if complaints:
         print("`make notebooks` executes them again", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _share_out(jobs: str | None, cluster: str | None) -> None:
+    """Tell the kernels who does the work, and find out now whether that will be possible."""
+    if jobs is not None and cluster is not None:
+        raise FaithkdError("--jobs counts processes on this machine, --cluster takes all workers of another: give one")
+    if jobs is not None:
+        os.environ["FAITHKD_JOBS"] = jobs
+        os.environ.pop("FAITHKD_CLUSTER", None)
+    if cluster is not None:
+        os.environ["FAITHKD_CLUSTER"] = cluster
+    parallel.check()
 
 
 # --- what is done and what is to do
@@ -453,12 +472,14 @@ def _count(things, name: str) -> str:
 
 @app.command()
 def doctor() -> None:
-    """Print what there is: Python, torch and its device, the solvers, the image sets, the store."""
+    """Print what there is: Python, torch and its device, solvers, processes, cluster, image sets, store."""
     print(f"python    {platform.python_version()} at {sys.prefix}")
     print(f"faithkd   {_version('faithkd') or 'not installed'}, repository {paths.ROOT}")
     print(f"torch     {_torch()}")
     print(f"highs     {_version('highspy') or 'missing: pip install highspy'}")
     print(f"gurobi    {_gurobi()}")
+    print(f"jobs      {_jobs()}")
+    print(f"cluster   {_cluster()}")
     print(f"data      {_data()}")
     from faithkd import store
 
@@ -495,6 +516,24 @@ def _gurobi() -> str:
             "size-limited licence (2,000 variables): tiny nets only" if small else f"no licence ({error})"
         )
     return f"{version}, full licence"
+
+
+def _jobs() -> str:
+    try:
+        count = parallel.jobs()
+    except FaithkdError as error:
+        return str(error)
+    whose = "as FAITHKD_JOBS says" if os.environ.get("FAITHKD_JOBS") else "one on each core"
+    return f"{count} process{'es' * (count > 1)}, {whose}"
+
+
+def _cluster() -> str:
+    version = _version("distributed")
+    there = f"distributed {version}" if version else "distributed is not installed: pip install 'faithkd[cluster]'"
+    try:
+        return f"{parallel.cluster() or 'none'}; {there}"
+    except FaithkdError as error:
+        return f"{error}; {there}"
 
 
 def _data() -> str:

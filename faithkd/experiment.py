@@ -1,6 +1,9 @@
 """The paper's experiments: what the notebooks call. Each loads what is in the store and makes what is not."""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -8,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import data, evaluation, losses, models, source, store, training
+from faithkd import data, evaluation, losses, models, parallel, source, store, training
 from faithkd.attacks import ball, search
 from faithkd.bounds import faithfulness_upper_bound
 from faithkd.data import Split
@@ -23,6 +26,12 @@ _PACKAGE = Path(__file__).parent
 MEASURE = source.digest_files(
     *(_PACKAGE / name for name in ("attacks.py", "evaluation.py")), *sorted((_PACKAGE / "bounds").glob("*.py"))
 )
+
+# Images bounded in one piece of work: few enough to lose little when a run is stopped and to keep all cores busy to
+# the end, enough to be worth sending. Slow methods, which take about a second for an image, have smaller pieces.
+# Never a function of the number of processes, on which no result may depend.
+PIECE = {"interval": 100, "crown": 100}
+SLOW_PIECE = 10
 
 # Networks this small run faster on one thread, and their sums come out the same whatever else the machine does.
 torch.set_num_threads(1)
@@ -106,19 +115,22 @@ def robustness(p: Params) -> pd.DataFrame:
 
     One row per (dataset, eps, method, image), method RT included: what Table 1 averages.
     """
-    images, guide = data.test_subset(p), teacher(p)
-    work = [(eps, method) for eps in ("0", *p.evaluate.eps) for method in ("RT", *STUDENTS)]
-    parts = []
-    for eps, method in _progress(work, f"{p.profile}: robustness and agreement"):
-        network = guide if method == "RT" else student(p, method)
-        part = store.table(
+    images, guide = _owned(data.test_subset(p)), teacher(p)
+    networks = {"RT": guide} | {method: student(p, method) for method in STUDENTS}
+    work = [(eps, method) for eps in ("0", *p.evaluate.eps) for method in networks]
+    tasks = [
+        _Task(
             "robustness",
-            _depends(p, images, float(eps), guide, network) | {"restarts": 1},
-            lambda network=network, eps=eps: _robustness(p, images, float(eps), guide, network),
-            name=f"{p.data.name}-{method}-{str(eps).replace('/', '-')}",
+            _depends(p, images, float(eps), guide, networks[method]) | {"restarts": 1},
+            _robustness,
+            (p, images, float(eps), guide, networks[method]),
+            f"{p.data.name}-{method}-{str(eps).replace('/', '-')}",
         )
-        parts.append(_named(p, part, images, eps=str(eps), method=method))
-    return pd.concat(parts, ignore_index=True)
+        for eps, method in work
+    ]
+    parts = _tables(tasks, f"{p.profile}: robustness and agreement")
+    named = [_named(p, part, images, eps=str(e), method=m) for (e, m), part in zip(work, parts, strict=True)]
+    return pd.concat(named, ignore_index=True)
 
 
 def faithfulness(p: Params, alphas: bool = False) -> pd.DataFrame:
@@ -128,35 +140,45 @@ def faithfulness(p: Params, alphas: bool = False) -> pd.DataFrame:
     are FD at each α of `p.ablation.alpha` instead, in a column `alpha` (Table 5). EmpLB ≤ FaithUB is checked.
     """
     images, guide = data.test_subset(p), teacher(p)
-    students = [("FD", alpha) for alpha in p.ablation.alpha] if alphas else [(m, None) for m in STUDENTS]
+    students = [("FD", float(alpha)) for alpha in p.ablation.alpha] if alphas else [(m, None) for m in STUDENTS]
+    networks = {(method, alpha): student(p, method, alpha) for method, alpha in students}
     work = [(eps, method, alpha) for eps in p.evaluate.eps for method, alpha in students]
+    pairs = [(networks[method, alpha], float(eps)) for eps, method, alpha in work]
     parts = []
-    for eps, method, alpha in _progress(work, f"{p.profile}: EmpLB and FaithUB"):
-        network = student(p, method, None if alpha is None else float(alpha))
-        part = bracket(p, guide, network, images, float(eps))
-        names = {"eps": str(eps), "method": method} | ({} if alpha is None else {"alpha": float(alpha)})
+    for (eps, method, alpha), part in zip(work, _brackets(p, guide, pairs, images), strict=True):
+        names = {"eps": str(eps), "method": method} | ({} if alpha is None else {"alpha": alpha})
         parts.append(_named(p, part, images, **names))
     return pd.concat(parts, ignore_index=True)
 
 
 def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
     """EmpLB ≤ δ* ≤ FaithUB for any pair of networks on any images: columns EmpLB, FaithUB, status (N rows)."""
-    depends = _depends(p, images, eps, guide, network)
-    lower = store.table(
-        "emp_lb",
-        depends | {"restarts": p.evaluate.restarts},
-        lambda: pd.DataFrame({"EmpLB": lower_bound(p, guide, network, images, eps).values}),
-    )
-    upper = store.table(
-        "faith_ub",
-        depends | {"bounds": p.bounds.model_dump(mode="json", exclude={"lp_images", "milp_images"})},
-        lambda: _upper_bound(p, guide, network, images, eps),
-    )
-    both = pd.concat([lower, upper], axis=1)
-    # Written so that a NaN fails; 1e-12 is the rounding error of evaluating the lower bound itself in float64.
-    if not (both["EmpLB"] <= both["FaithUB"] + 1e-12).all():
-        raise AssertionError(f"EmpLB > FaithUB at ε = {eps}: a bound is wrong, please report it\n{both}")
-    return both
+    return _brackets(p, guide, [(network, float(eps))], images)[0]
+
+
+def _brackets(p: Params, guide: nn.Module, pairs: list, images: Split) -> list[pd.DataFrame]:
+    """`bracket` for each (student, ε) of `pairs`; the work of all of them is shared out together."""
+    images = _owned(images)
+    parts = [images[rows] for rows in torch.arange(len(images)).split(PIECE.get(p.bounds.method, SLOW_PIECE))]
+    bounds = {"bounds": p.bounds.model_dump(mode="json", exclude={"lp_images", "milp_images"})}
+    # EmpLB is not cut, as all its random starts come from one generator; first, as these are the longest pieces.
+    tasks = [_lower_task(p, guide, network, images, eps) for network, eps in pairs]
+    tasks += [
+        _Task("faith_ub", _depends(p, part, eps, guide, network) | bounds, _upper_bound, (p, guide, network, part, eps))
+        for network, eps in pairs
+        for part in parts
+    ]
+    tables = _tables(tasks, f"{p.profile}: EmpLB and FaithUB")
+    found = []
+    for place, (_, eps) in enumerate(pairs):
+        start = len(pairs) + place * len(parts)
+        upper = pd.concat(tables[start : start + len(parts)], ignore_index=True)
+        both = pd.concat([tables[place], upper], axis=1)
+        # Written so that a NaN fails; 1e-12 is the rounding error of evaluating the lower bound itself in float64.
+        if not (both["EmpLB"] <= both["FaithUB"] + 1e-12).all():
+            raise AssertionError(f"EmpLB > FaithUB at ε = {eps}: a bound is wrong, please report it\n{both}")
+        found.append(both)
+    return found
 
 
 def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float, steps: int | None = None):
@@ -179,20 +201,13 @@ def pgd_steps(p: Params) -> pd.DataFrame:
 
     One row per (method, steps, image).
     """
-    images, guide, eps = data.test_subset(p), teacher(p), float(p.evaluate.table3.eps)
-    work = [(method, steps) for method in ("RSLAD", "FD") for steps in p.evaluate.table3.steps]
-    parts = []
-    for method, steps in _progress(work, f"{p.profile}: EmpLB by PGD steps"):
-        network = student(p, method)
-        part = store.table(
-            "emp_lb",
-            _depends(p, images, eps, guide, network) | {"restarts": p.evaluate.restarts, "steps": steps},
-            lambda network=network, steps=steps: pd.DataFrame(
-                {"EmpLB": lower_bound(p, guide, network, images, eps, steps).values}
-            ),
-        )
-        parts.append(_named(p, part, images, method=method, steps=steps))
-    return pd.concat(parts, ignore_index=True)
+    images, guide, eps = _owned(data.test_subset(p)), teacher(p), float(p.evaluate.table3.eps)
+    networks = {method: student(p, method) for method in ("RSLAD", "FD")}
+    work = [(method, steps) for method in networks for steps in p.evaluate.table3.steps]
+    tasks = [_lower_task(p, guide, networks[method], images, eps, steps) for method, steps in work]
+    parts = _tables(tasks, f"{p.profile}: EmpLB by PGD steps")
+    named = [_named(p, part, images, method=m, steps=steps) for (m, steps), part in zip(work, parts, strict=True)]
+    return pd.concat(named, ignore_index=True)
 
 
 def heat_map(p: Params) -> tuple[pd.DataFrame, dict]:
@@ -239,6 +254,58 @@ def fingerprint(network: nn.Module) -> str:
     for name, weight in network.state_dict().items():
         digest.update(name.encode() + weight.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A table of the store, found by `kind` and `depends`, and what makes it anywhere: `build(*arguments)`."""
+
+    kind: str
+    depends: dict
+    build: Callable[..., pd.DataFrame]
+    arguments: tuple
+    name: str = ""
+
+    def stored(self, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        return store.table(self.kind, self.depends, make, name=self.name)
+
+
+def _tables(tasks: list[_Task], description: str) -> list[pd.DataFrame]:
+    """The table of each task, in order: read from the store, or made on all cores and stored as soon as it is there."""
+    wanted = {store.key(task.kind, **task.depends): task for task in tasks}
+    missing = [task for task in wanted.values() if not store.exists(task.kind, task.depends)]
+    calls = [partial(_make, MEASURE, task.build, *task.arguments) for task in missing]
+    done = len(wanted) - len(missing)
+    with tqdm(total=len(wanted), initial=done, desc=description, unit="piece", leave=False) as bar:
+        for place, table in parallel.run(calls):
+            missing[place].stored(lambda table=table: table)
+            bar.update()
+    return [task.stored(partial(task.build, *task.arguments)) for task in tasks]
+
+
+def _make(measure: str, build: Callable[..., pd.DataFrame], *arguments) -> pd.DataFrame:
+    """A task's table; refused where a worker has other code than the key says."""
+    if measure != MEASURE:
+        raise FaithkdError(
+            "a worker has other code than this process: faithkd was edited meanwhile, or is another version there; "
+            "start the run again, and the cluster's workers too"
+        )
+    return build(*arguments)
+
+
+def _owned(images: Split) -> Split:
+    """A copy: what is sent to another process is the whole memory behind a tensor, however little of it is seen."""
+    return images[torch.arange(len(images))]
+
+
+def _lower_task(p: Params, guide, network, images: Split, eps: float, steps: int | None = None) -> _Task:
+    depends = _depends(p, images, eps, guide, network) | {"restarts": p.evaluate.restarts}
+    depends |= {} if steps is None else {"steps": steps}
+    return _Task("emp_lb", depends, _lower_bound, (p, guide, network, images, eps, steps))
+
+
+def _lower_bound(*arguments) -> pd.DataFrame:
+    return pd.DataFrame({"EmpLB": lower_bound(*arguments).values})
 
 
 def _robustness(p: Params, images: Split, eps: float, guide, network) -> pd.DataFrame:
@@ -366,10 +433,6 @@ def _named(p: Params, part: pd.DataFrame, images: Split, **names) -> pd.DataFram
     part.insert(len(names) + 1, "image", images.index.numpy())
     part.insert(len(names) + 2, "label", images.y.numpy())
     return part
-
-
-def _progress(work: list, description: str) -> tqdm:
-    return tqdm(work, desc=description, unit="piece", leave=False)
 
 
 def _code(method: str) -> str:

@@ -10,10 +10,11 @@ GIVEN_DATA = os.environ.pop("FAITHKD_DATA", None)
 
 # Before the package is imported: a user's settings must not change what the tests see, and everything that
 # they start must import this checkout, whatever else is installed.
-for name in ("FAITHKD_HOME", "FAITHKD_STORE", "FAITHKD_RUNS", "FAITHKD_FRESH", "FAITHKD_OUTPUTS"):
+for name in ("FAITHKD_HOME", "FAITHKD_STORE", "FAITHKD_RUNS", "FAITHKD_FRESH", "FAITHKD_OUTPUTS", "FAITHKD_CLUSTER"):
     os.environ.pop(name, None)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 os.environ["MPLBACKEND"] = "agg"
+os.environ["FAITHKD_JOBS"] = "1"  # what a test patches must be called in this process
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # nets this small are slower with more
 
 import nbformat  # noqa: E402  after the environment is set, as all that follows

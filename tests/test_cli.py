@@ -64,6 +64,9 @@ def done(home, name="digits") -> dict:
         (["--set", "train.epochs=two"], "train.epochs"),
         (["--only", "01-frist"], "did you mean 01-first"),
         (["--only", "77"], "there are 01-first"),
+        (["--jobs", "many"], "whole number"),
+        (["--cluster", "nowhere"], "tcp://127.0.0.1:8786"),
+        (["--jobs", "2", "--cluster", "tcp://127.0.0.1:8786"], "give one"),
     ],
 )
 def test_a_mistake_is_one_message_before_any_kernel_starts(home, arguments, told):
@@ -196,6 +199,19 @@ def test_retrain_is_one_run_even_when_it_was_stopped(home):
     assert (home.folder / "notebooks" / "fresh.txt").read_text().split()[-1] not in ("none", first)
 
 
+def test_jobs_reach_the_kernels_and_nothing_else(home):
+    home.write("01-first", SAVE, 'save("fig1.csv", "a"); open("jobs.txt", "a").write(os.environ["FAITHKD_JOBS"])')
+    provenance = home.folder / "figures" / "digits" / "provenance.json"
+    left = []
+    for jobs in ("3", "1"):
+        home.call("run", "--jobs", jobs)
+        left.append((provenance.read_bytes(), done(home)["01-first"]["key"]))
+        assert "0 of 1" in home.call("run", "--dry-run", FAITHKD_JOBS="2"), "what is done does not depend on it"
+        (home.folder / "figures" / "digits" / "fig1.csv").unlink()
+    assert (home.folder / "notebooks" / "jobs.txt").read_text() == "31"
+    assert left[0][1] == left[1][1] and b"jobs" not in left[0][0].lower()
+
+
 def test_a_failing_cell_is_named_once(home):
     home.write("01-fails", "x = 1", 'raise ValueError("first line\\nthe end")')
     printed = home.call("run", code=1)
@@ -246,6 +262,8 @@ def test_params_are_shown_with_reasons(home):
 def test_doctor_and_version(home):
     printed = home.call("doctor")
     assert all(f"\n{word} " in f"\n{printed}" for word in ("python", "torch", "highs", "gurobi", "data", "store"))
+    assert "jobs      3 processes" in home.call("doctor", FAITHKD_JOBS="3")
+    assert "whole number" in home.call("doctor", FAITHKD_JOBS="many")
     assert home.call("--version").startswith("faithkd ")
 
 
