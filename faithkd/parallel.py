@@ -61,15 +61,18 @@ def check() -> None:
         _client(address).close()
 
 
-def run(calls: Sequence[Callable[[], object]]) -> Iterator[tuple[int, object]]:
+def run(
+    calls: Sequence[Callable[[], object]], count: int | None = None, sample: float = SAMPLE
+) -> Iterator[tuple[int, object]]:
     """Yield the place and the result of every call, each as soon as it is finished, in whatever order that is.
 
     `calls` must be picklable, as functools.partial of a module's function is. An error of a call ends the run.
+    `count` replaces `jobs()`. `sample`: seconds spent on the first calls here; 0 to start processes at once.
     """
-    count, address, left = jobs(), cluster(), list(enumerate(calls))
+    count, address, left = count or jobs(), cluster(), list(enumerate(calls))
     done, spent = 0, 0.0
     while left and not address:
-        if count > 1 and len(left) > 1 and spent >= SAMPLE and spent * len(left) >= WORTHWHILE * done:
+        if count > 1 and len(left) > 1 and spent >= sample and (not sample or spent * len(left) >= WORTHWHILE * done):
             break
         place, call = left.pop(0)
         start = time.perf_counter()

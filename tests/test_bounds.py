@@ -114,7 +114,7 @@ def test_every_box_and_difference_holds(teacher, student, x):
     for network in (teacher, student):
         prepared = net.prepare(network, tuple(x.shape[1:]))
         lower, upper = net.ball(x, 0.3)
-        rough, fine = lin.interval(prepared, lower, upper), lin.crown(prepared, lower, upper)
+        rough, fine = lin.interval(prepared, lower, upper), lin.crown(prepared, lower, upper)[0]
         highest = difference_bounds(network, x, 0.3)
         low, high = softmax_bounds(network, x, 0.3)
         for k in range(len(x)):
@@ -153,10 +153,10 @@ def test_backward_is_valid_for_any_slopes(seed, eps, level):
     network = fully_connected(3, 7, 6, 3).double()
     x = torch.randn(1, 3, generator=generator).double()
     prepared = net.prepare(network, (3,))
-    bounds = lin.crown(prepared, *net.ball(x, eps))
+    bounds, lines, _ = lin.crown(prepared, *net.ball(x, eps))
     rows, _ = lin.difference_rows(3)
     slopes = {k: level + torch.rand(1, 6, *prepared.shapes[k], dtype=torch.float64) for k in (1, 3)}
-    values = lin.backward(prepared, bounds, rows[None], slopes=slopes)[0]
+    values = lin.backward(prepared, lines, bounds[0], rows[None], slopes=slopes)[0]
     assert ((network(inside(x, eps, 2000)) @ rows.T).amax(0) <= values).all()
 
 
@@ -172,8 +172,8 @@ def test_crown_by_hand():
     # knows 0
     prepared = net.prepare(network, (1,))
     down = torch.tensor([[[-1.0, 1.0]]], dtype=torch.float64)
-    bounds = lin.crown(prepared, *net.ball(torch.ones(1, 1).double(), 2.0))
-    assert lin.backward(prepared, bounds, down).item() == pytest.approx(1.0, abs=1e-9)
+    bounds, lines, _ = lin.crown(prepared, *net.ball(torch.ones(1, 1).double(), 2.0))
+    assert lin.backward(prepared, lines, bounds[0], down).item() == pytest.approx(1.0, abs=1e-9)
     assert highest[0, 1].item() == pytest.approx(0.0, abs=1e-9)
 
 

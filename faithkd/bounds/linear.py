@@ -1,7 +1,9 @@
-"""Interval arithmetic and linear bounds (CROWN) through a whole network, in float64 and rounded outwards.
+"""Interval arithmetic and linear bounds (CROWN, alpha-CROWN) through a whole network, in float64, rounded outwards.
 
 `bounds` is a list of boxes: `bounds[k] = (lower, upper)`, each `(N, *shape)`, holds everything that can reach
-layer k when the input moves in the ball `bounds[0]`; the last box is that of the logits.
+layer k when the input moves in the ball `bounds[0]`; the last box is that of the logits. `lines[k]` holds two
+linear functions, one above and one below layer k on that box. `pull` carries linear forms ("rows") back through
+all lines to the input, where `over_ball` takes their maximum.
 
 Rounding. A sum of n products, in whatever order, is off by at most gamma(n) times the sum of the absolute
 values. So every step below adds that much to the bound: gamma times |row| . size, where `size` bounds the
@@ -10,15 +12,21 @@ function of real numbers with exactly these weights; a float32 evaluation of it 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from faithkd.bounds.network import AFFINE, Network, affine, transpose, windows
+from faithkd.bounds.network import AFFINE, Network, affine, single, transpose, windows
 
 Box = tuple[Tensor, Tensor]
-BUDGET = 2**21  # numbers in the largest tensor of one pass (16 MB): what fits in a cache is also faster
+Slopes = dict[int, Tensor]  # by layer: lower slopes of its units, one set per row
+RELAXED = (nn.ReLU, nn.MaxPool2d)  # what is not linear
+BUDGET = 2**19  # numbers in the largest tensor of one pass (4 MB): what fits in a cache is also faster
+LARGE = 512  # places of a layer before ReLU: past it, one pass without descent (convolutions)
+STEPS = 10  # of gradient descent on the slopes; on the paper's networks more gain less than 0.1 % of the bound
+RATE, FALL = 0.6, 0.8  # its first step, falling each time; slopes lie in [0, 1]
 
 
 def gamma(terms: int) -> float:
@@ -57,114 +65,45 @@ def absolute(layer: nn.Module, size: Tensor) -> Tensor:
     return affine(layer, size, layer.weight.abs(), None if layer.bias is None else layer.bias.abs())
 
 
-def dot(rows: Tensor, values: Tensor) -> Tensor:
-    """Sum of `rows` `(N, R, *shape)` times `values` `(N, *shape)`: `(N, R)`."""
-    return (rows.flatten(2) @ values.flatten(1).unsqueeze(2)).squeeze(2)
+@dataclass(frozen=True)
+class Lines:
+    """Two linear functions that hold a layer on a box: below . z <= layer(z) <= above . z + shift.
 
-
-def crown(network: Network, lower: Tensor, upper: Tensor) -> list[Box]:
-    """Boxes of every layer's input and of the logits, refined by backward passes before ReLU and max-pool.
-
-    Zhang et al. (2018) on the relaxations of Ehlers (2017), intersected with interval arithmetic everywhere.
+    `noise` covers the rounding of either, per output. All start `(N, 1, ...)`, to be used for every row. A slope
+    below may be replaced by any in [0, 1] where `free`; of a max-pool, slopes are weights over the window,
+    `(N, 1, channels, window, outputs)`. An affine layer is its own line and has `noise` only.
     """
-    bounds = [(lower, upper)]
-    seen = 0  # affine layers so far
-    for k, layer in enumerate(network.layers):
-        # behind the first affine layer the interval is exact already
-        if seen > 1 and isinstance(layer, nn.ReLU | nn.MaxPool2d) and isinstance(network.layers[k - 1], AFFINE):
-            bounds[k] = refine(network, bounds, k)
-        bounds.append(interval_step(layer, *bounds[k]))
-        seen += isinstance(layer, AFFINE)
-    return bounds
+
+    noise: Tensor
+    shift: Tensor | None = None
+    above: Tensor | None = None
+    below: Tensor | None = None
+    free: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> "Lines":
+        return Lines(*(None if part is None else part[index] for part in vars(self).values()))
+
+    def float(self) -> "Lines":
+        """The same in float32."""
+        parts = vars(self).values()
+        return Lines(*(part.float() if part is not None and part.is_floating_point() else part for part in parts))
 
 
-def refine(network: Network, bounds: list[Box], k: int) -> Box:
-    """Box of layer k's input, tightened by a backward pass up and one down for each place that needs it."""
-    lower, upper = bounds[k][0].flatten(1).clone(), bounds[k][1].flatten(1).clone()
-    # a ReLU that interval arithmetic has settled is exact; each image decides for itself, so batches do not
-    # matter
-    is_relu = isinstance(network.layers[k], nn.ReLU)
-    unsettled = (lower < 0) & (upper > 0) if is_relu else torch.ones_like(lower, dtype=torch.bool)
-    places = unsettled.any(0).nonzero()[:, 0]
-    for chunk in row_chunks(network, 2 * len(lower), len(places)):
-        here = places[chunk]
-        rows = torch.zeros(len(here), lower.shape[1], dtype=torch.float64)
-        rows[torch.arange(len(here)), here] = 1
-        rows = torch.cat([rows, -rows]).unflatten(1, network.shapes[k]).unsqueeze(0)
-        highest, lowest = backward(network, bounds, rows, k).chunk(2, dim=1)
-        mine = unsettled[:, here]
-        upper[:, here] = torch.where(mine, torch.minimum(upper[:, here], highest), upper[:, here])
-        lower[:, here] = torch.where(mine, torch.maximum(lower[:, here], -lowest), lower[:, here])
-    return lower.view_as(bounds[k][0]), upper.view_as(bounds[k][1])
-
-
-def row_chunks(network: Network, images: int, rows: int) -> tuple[Tensor, ...]:
-    """Row numbers 0 .. `rows` - 1 in pieces whose backward pass stays within BUDGET."""
-    return torch.arange(rows).split(max(1, BUDGET // (images * widest(network))))
-
-
-def image_chunks(networks: tuple[Network, ...], images: int) -> tuple[Tensor, ...]:
-    """Image numbers 0 .. `images` - 1 in pieces; all difference rows of one piece stay within BUDGET."""
-    largest_pass = max(net.classes * (net.classes - 1) * widest(net) for net in networks)
-    return torch.arange(images).split(max(1, BUDGET // largest_pass)) if images else ()
-
-
-def widest(network: Network) -> int:
-    """Numbers in the largest layer, the input included."""
-    return max(math.prod(shape) for shape in network.shapes)
-
-
-def backward(
-    network: Network,
-    bounds: list[Box],
-    rows: Tensor,
-    at: int | None = None,
-    slopes: dict[int, Tensor] | None = None,
-) -> Tensor:
-    """Certified maximum over the ball of each linear form on the input of layer `at` (default: on the
-    logits).
-
-    `rows`: `(1 or N, R, *shapes[at])`. `bounds`: boxes of at least the inputs of layers 0 .. at - 1.
-    `slopes`: for any ReLU layer k, lower slopes `(1 or N, R, *shapes[k])` of its unsettled units, cut to [0,
-    1]; any value is valid, without them CROWN's adaptive choice is made. Returns `(N, R)`; what overflows is
-    +inf.
-    """
-    at = len(network.layers) if at is None else at
-    total = torch.zeros(len(bounds[0][0]), rows.shape[1], dtype=torch.float64)
-    for k in reversed(range(at)):
-        layer, (lower, upper) = network.layers[k], bounds[k]
-        if isinstance(layer, nn.Flatten):
-            rows = rows.unflatten(2, network.shapes[k])
-        elif isinstance(layer, AFFINE):
-            rows, constant = back_affine(layer, rows, lower, upper)
-            total = total + constant
-        elif isinstance(layer, nn.ReLU):
-            rows, constant = back_relu(rows, lower, upper, None if slopes is None else slopes.get(k))
-            total = total + constant
-        else:
-            rows, constant = back_pool(layer, rows, lower, upper, network.shapes[k])
-            total = total + constant
-    return (total + over_ball(rows, *bounds[0])).nan_to_num(math.inf, math.inf, math.inf)
-
-
-def over_ball(rows: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Maximum of each row over the input box: row . middle + |row| . radius."""
-    middle = (lower + upper) / 2
-    radius = torch.maximum(upper - middle, middle - lower)
-    slack = gamma(2 * middle[0].numel()) * (middle.abs() + radius)
-    return dot(rows, middle) + dot(rows.abs(), radius + slack)
-
-
-def back_affine(layer: nn.Module, rows: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """row . (W z + b) as a row on z and a constant."""
-    size = absolute(layer, largest(lower, upper))
-    slack = gamma(layer.weight.numel() + size[0].numel()) * dot(rows.abs(), size)
-    constant = slack
-    if layer.bias is not None:
-        bias = layer.bias if rows.ndim == 3 else layer.bias.view(-1, 1, 1)
-        constant = slack + dot(rows, bias.expand(1, *rows.shape[2:]))
-    flat = transpose(layer, rows.flatten(0, 1), tuple(lower.shape[1:]))
-    return flat.unflatten(0, rows.shape[:2]), constant
+def relax(layer: nn.Module, lower: Tensor, upper: Tensor) -> Lines | None:
+    """Lines of one layer on the box of its input; None for a layer that computes nothing."""
+    if isinstance(layer, nn.Flatten):
+        return None
+    size = largest(lower, upper)
+    if isinstance(layer, AFFINE):
+        terms = absolute(layer, size)
+        return Lines((gamma(layer.weight.numel() + math.prod(terms.shape[1:])) * terms).unsqueeze(1))
+    if isinstance(layer, nn.MaxPool2d):
+        return relax_pool(layer, lower, upper)
+    slope, shift, below = relu_lines(lower, upper)
+    # every term of either line is at most 2 max|z|, and its coefficients carry a few roundings
+    noise = gamma(math.prod(lower.shape[1:])) * 2 * size
+    free = (lower < 0) & (upper > 0)
+    return Lines(*(part.unsqueeze(1) for part in (noise, shift + noise, slope, below, free)))
 
 
 def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,42 +119,272 @@ def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return slope, shift, below
 
 
-def back_relu(rows: Tensor, lower: Tensor, upper: Tensor, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
-    """row . relu(z) bounded above: the triangle's upper line where the row is positive, else a lower line."""
-    slope, shift, below = (line.unsqueeze(1) for line in relu_lines(lower, upper))
-    if slopes is not None:
-        unsettled = ((lower < 0) & (upper > 0)).unsqueeze(1)
-        below = torch.where(unsettled, slopes.clamp(0, 1), below)
-    positive, negative = rows.clamp(min=0), rows.clamp(max=0)
-    # every term of either line is at most 2 max|z|, and its coefficients carry a few roundings
-    slack = gamma(lower[0].numel()) * dot(rows.abs(), 2 * largest(lower, upper))
-    return positive * slope + negative * below, dot(positive, shift.squeeze(1)) + slack
+def window_boxes(pool: nn.MaxPool2d, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes of the inputs in each window, `(N, channels, window, outputs)` twice; -inf where there is padding."""
+    places = windows(pool, tuple(lower.shape[1:]))
+    return tuple(end.flatten(2)[:, :, places.clamp(min=0)].masked_fill(places < 0, -math.inf) for end in (lower, upper))
 
 
-def back_pool(
-    pool: nn.MaxPool2d, rows: Tensor, lower: Tensor, upper: Tensor, shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """row . maxpool(z) bounded above.
+def pool_lines(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """max(z) <= slope z_i + shift with i the input of largest upper end u_i: its place `(N, channels, 1, outputs)`,
+    slope and shift `(N, channels, outputs)`, from the boxes of `window_boxes`.
 
-    Below stands one input of the window, the one with the largest lower bound. Above stands that same input
-    where it beats all others on the whole box, elsewhere the constant largest upper bound (the paper's
-    interval rule, §4.2).
+    Let m be the second largest upper end. Then max(z) <= max(z_i, m), which is convex in z_i, so its chord on [l_i,
+    u_i] is above it: never above u_i, the paper's interval rule (§4.2), and exact where l_i >= m.
     """
+    best = high.argmax(2, keepdim=True)
+    first, low_first = high.gather(2, best).squeeze(2), low.gather(2, best).squeeze(2)
+    second = high.scatter(2, best, -math.inf).amax(2)
+    decided = low_first >= second
+    slope = torch.where(decided, 1.0, (first - second) / (first - low_first))
+    return best, slope, torch.where(decided, 0.0, second - slope * low_first)
+
+
+def relax_pool(pool: nn.MaxPool2d, lower: Tensor, upper: Tensor) -> Lines:
+    """Lines of a max-pool: the chord of `pool_lines` above, the input with the largest lower end below."""
+    low, high = window_boxes(pool, lower, upper)
+    best, slope, shift = pool_lines(low, high)
+    decided = (slope == 1).unsqueeze(2)
+    under = torch.where(decided, best, low.argmax(2, keepdim=True))
+    above = torch.zeros_like(low).scatter_(2, best, slope.unsqueeze(2))
+    below = torch.zeros_like(low).scatter_(2, under, 1.0)
+    size = F.max_pool2d(largest(lower, upper), pool.kernel_size, pool.stride, pool.padding, pool.dilation).flatten(2)
+    noise = gamma(math.prod(low.shape[1:])) * 4 * size
+    free = ~decided & (high > -math.inf)
+    return Lines(*(part.unsqueeze(1) for part in (noise, shift + noise, above, below, free)))
+
+
+def through_pool(pool: nn.MaxPool2d, line: Lines, rows: Tensor, weights: Tensor | None, shape: tuple) -> Tensor:
+    """Rows on a max-pool's output as rows on its input: each spread over its window."""
     places = windows(pool, shape)
-    low, high = (box.flatten(2)[:, :, places.clamp(min=0)] for box in (lower, upper))  # (N, channels, window, outputs)
-    low, high = (box.masked_fill(places < 0, -math.inf) for box in (low, high))
-    best = low.argmax(2, keepdim=True)
-    others = high.scatter(2, best, -math.inf).amax(2)
-    decided = (low.gather(2, best).squeeze(2) >= others).unsqueeze(1)
-    target = places.expand_as(low).gather(2, best).squeeze(2).unsqueeze(1)
-    rows = rows.flatten(3)
-    through = torch.where(decided, rows, rows.clamp(max=0))
-    ceiling = torch.where(decided, 0.0, high.amax(2).unsqueeze(1)).squeeze(1)
-    size = F.max_pool2d(largest(lower, upper), pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    slack = gamma(places.numel() * shape[0]) * dot(rows.abs(), size)
-    before = torch.zeros(*through.shape[:2], shape[0], shape[1] * shape[2], dtype=torch.float64)
-    before.scatter_add_(3, target.expand_as(through), through)
-    return before.unflatten(3, shape[1:]), dot(rows.clamp(min=0), ceiling) + slack
+    below = line.below if weights is None else mixture(weights, line)
+    positive = rows.clamp(min=0)
+    spread = positive.unsqueeze(3) * line.above + (rows - positive).unsqueeze(3) * below
+    flat = torch.zeros(*rows.shape[:3], shape[1] * shape[2], dtype=rows.dtype)
+    index = places.clamp(min=0).flatten().expand(*rows.shape[:3], -1)
+    return flat.scatter_add(3, index, spread.flatten(3)).unflatten(3, shape[1:])
+
+
+def allowed(slopes: Tensor | None, line: Lines) -> Tensor:
+    """Slopes below a ReLU: the given ones in [0, 1] where the unit is free, elsewhere the line's own."""
+    # not clamp(), whose gradient vanishes at 0 and 1, where every descent begins
+    return line.below if slopes is None else torch.where(line.free & (slopes >= 0) & (slopes <= 1), slopes, line.below)
+
+
+def mixture(weights: Tensor, line: Lines) -> Tensor:
+    """Weights >= 0 of sum 1 over each window; where they vanish or are not free, the line's own."""
+    weights = torch.where(line.free & (weights >= 0), weights, 0.0)
+    total = weights.sum(3, keepdim=True)
+    usable = line.free.any(3, keepdim=True) & (total > 1e-6)
+    return torch.where(usable, weights / total.clamp(min=1e-6), line.below)
+
+
+def dot(rows: Tensor, values: Tensor) -> Tensor:
+    """Sum of `rows` `(N, R, ...)` times `values` `(1 or N, 1, ...)`: `(N, R)`."""
+    return (rows.flatten(2) @ values.flatten(2).transpose(1, 2)).squeeze(2)
+
+
+def pull(
+    network: Network,
+    lines: list[Lines],
+    rows: Tensor,
+    at: int | None = None,
+    slopes: Slopes | None = None,
+    push: Slopes | None = None,
+    trace: dict[int, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows on the input of layer `at` (default: on the logits) as rows on the network's input, and constants.
+
+    The form `row . z` is nowhere above the one returned on the boxes of `lines`, for any `slopes` of the units that
+    are free: `(1 or N, R, *shapes[k])` by layer k, of a max-pool weights over its windows. `push`: forms added to the
+    rows at the input of ReLU layer k, `(N, R, *shapes[k])`; they must be >= 0 on the domain (branch and bound).
+    `trace`: filled with the rows as they are at the output of each ReLU layer.
+    `rows`: `(1 or N, R, *shapes[at])`. Returns `(N, R, *shapes[0])` and `(N, R)`.
+    """
+    at = len(network.layers) if at is None else at
+    slopes, push = slopes or {}, push or {}
+    total = torch.zeros(1, 1, dtype=rows.dtype)
+    for k in reversed(range(at)):
+        layer, line, shape = network.layers[k], lines[k], network.shapes[k]
+        if isinstance(layer, nn.Flatten):
+            rows = rows.unflatten(2, shape)
+        elif isinstance(layer, AFFINE):
+            total = total + dot(rows.abs(), line.noise)
+            if layer.bias is not None:
+                total = total + (rows if rows.ndim == 3 else rows.flatten(3).sum(3)) @ layer.bias
+            rows = transpose(layer, rows.flatten(0, 1), shape).unflatten(0, rows.shape[:2])
+        elif isinstance(layer, nn.ReLU):
+            if trace is not None:
+                trace[k] = rows
+            positive = rows.clamp(min=0)
+            negative = rows - positive
+            total = total + dot(positive, line.shift) - dot(negative, line.noise)
+            rows = positive * line.above + negative * allowed(slopes.get(k), line)
+            if k in push:
+                rows = rows + push[k]
+        else:
+            rows = rows.flatten(3)
+            total = total + dot(rows.clamp(min=0), line.shift) - dot(rows.clamp(max=0), line.noise)
+            rows = through_pool(layer, line, rows, slopes.get(k), shape)
+    return rows, total
+
+
+def over_ball(rows: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Maximum of each row over the input box, row . middle + |row| . radius, plus its constant: `(N, R)`.
+
+    Never below the exact maximum; what overflows is +inf.
+    """
+    middle = ((lower + upper) / 2).unsqueeze(1)
+    radius = torch.maximum(upper.unsqueeze(1) - middle, middle - lower.unsqueeze(1))
+    slack = gamma(2 * math.prod(middle.shape[1:])) * (middle.abs() + radius)
+    found = total + dot(rows, middle) + dot(rows.abs(), radius + slack)
+    return found.nan_to_num(math.inf, math.inf, math.inf)
+
+
+def backward(
+    network: Network, lines: list[Lines], box: Box, rows: Tensor, at: int | None = None, slopes: Slopes | None = None
+) -> Tensor:
+    """Certified maximum over the ball `box` of linear forms on the input of layer `at`: `(N, R)`, see `pull`."""
+    return over_ball(*pull(network, lines, rows, at, slopes), *box)
+
+
+def descend(
+    network: Network, lines: list[Lines], box: Box, rows: Tensor, at: int, steps: int, slopes: Slopes | None = None
+) -> tuple[Tensor, Slopes]:
+    """The smallest of the maxima of `backward` met on `steps` of gradient descent over the slopes, and its slopes.
+
+    Every value on the way is certified, so nothing depends on whether the descent converges (alpha-CROWN, Xu et al.
+    2021). Each row has slopes of its own, hence nothing to share and nothing to balance. `slopes`: where to start.
+    """
+    free = [k for k in range(at) if isinstance(network.layers[k], RELAXED) and lines[k].free.any()]
+    if not steps or not free:
+        return backward(network, lines, box, rows, at, slopes), slopes or {}
+    start = {k: lines[k].below for k in free} | (slopes or {})
+    now = {k: part.float().expand(*rows.shape[:2], *part.shape[2:]).clone() for k, part in start.items()}
+    rough, rough_lines = single(network), [None if line is None else line.float() for line in lines]
+    rough_box, rough_rows = tuple(end.float() for end in box), rows.float()
+    value = torch.full(rows.shape[:2], math.inf)
+    kept = {k: part.clone() for k, part in now.items()}
+    adam = Adam(list(now.values()))
+    for step in range(steps + 1):
+        for part in now.values():
+            part.requires_grad_(step < steps)
+        with torch.enable_grad():
+            found = backward(rough, rough_lines, rough_box, rough_rows, at, now)
+            if step < steps:
+                gradients = torch.autograd.grad(found[found.isfinite()].sum(), list(now.values()))
+        value = keep_better(value, found.detach(), kept, now)
+        if step < steps:
+            adam.step([part.nan_to_num(0.0) for part in gradients], [RATE * FALL**step] * len(now))
+            for part in now.values():
+                part.clamp_(0, 1)
+    kept = {k: part.double() for k, part in kept.items()}
+    return backward(network, lines, box, rows, at, kept), kept
+
+
+def keep_better(value: Tensor, found: Tensor, kept: dict, now: dict) -> Tensor:
+    """The smaller of both values; where that is `found`, the entries of `kept` become those of `now`."""
+    better = found < value
+    for name, part in now.items():
+        kept[name][better] = part.detach()[better]
+    return torch.where(better, found, value)
+
+
+class Adam:
+    """Kingma & Ba (2015) in place. Not torch.optim's, whose import takes longer than a student's first bound."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters, self.count = parameters, 0
+        self.moments = [(torch.zeros_like(part), torch.zeros_like(part)) for part in parameters]
+
+    def step(self, gradients: list[Tensor], rates: list[float]) -> None:
+        self.count += 1
+        for part, gradient, rate, (first, second) in zip(self.parameters, gradients, rates, self.moments, strict=True):
+            first.mul_(0.9).add_(gradient, alpha=0.1)
+            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            size = (second / (1 - 0.999**self.count)).sqrt_().add_(1e-12)
+            part.detach_().addcdiv_(first, size, value=-rate / (1 - 0.9**self.count))
+
+
+def crown(
+    network: Network, lower: Tensor, upper: Tensor, steps: int = 0
+) -> tuple[list[Box], list[Lines], dict[int, Slopes]]:
+    """Boxes of every layer's input and of the logits, refined by backward passes before ReLU and max-pool.
+
+    Zhang et al. (2018) on the relaxations of Ehlers (2017), intersected with interval arithmetic everywhere. With
+    `steps`, every pass descends on slopes of its own where a layer is small enough. Returns the boxes, the lines of
+    every layer, and the slopes found before layer k, `(N, 2, units, *shapes[j])` by k and j: upward and downward rows.
+    """
+    bounds, lines, slopes = [(lower, upper)], [], {}
+    seen = 0  # affine layers so far
+    for k, layer in enumerate(network.layers):
+        # behind the first affine layer the interval is exact already
+        if seen > 1 and isinstance(layer, RELAXED) and isinstance(network.layers[k - 1], AFFINE):
+            bounds[k], slopes[k] = refine(network, lines, bounds[0], bounds[k], k, steps)
+        lines.append(relax(layer, *bounds[k]))
+        bounds.append(interval_step(layer, *bounds[k]))
+        seen += isinstance(layer, AFFINE)
+    return bounds, lines, slopes
+
+
+def refine(
+    network: Network, lines: list[Lines], ball: Box, box: Box, k: int, steps: int = 0, slopes: Slopes | None = None
+) -> tuple[Box, Slopes]:
+    """Box of layer k's input, tightened by a backward pass up and one down for each place that needs it.
+
+    `slopes`, `(N, 2, units, *shapes[j])`: where to begin; with `steps` the ones found come back in the same form.
+    """
+    (lower, upper), shape = (end.flatten(1).clone() for end in box), network.shapes[k]
+    # a ReLU that is settled is exact; each image decides for itself, so batches do not matter
+    every = torch.ones_like(lower, dtype=torch.bool)
+    open_ = (lower < 0) & (upper > 0) if isinstance(network.layers[k], nn.ReLU) else every
+    most = int(open_.sum(1).max()) if len(lower) else 0
+    places = open_.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    steps = steps if most <= LARGE else 0
+    kept = {}
+    if steps:
+        relus = [j for j in range(k) if isinstance(network.layers[j], nn.ReLU)]
+        kept = {
+            j: lines[j].below.unsqueeze(1).repeat(1, 2, math.prod(shape), *[1] * (lines[j].below.ndim - 2))
+            for j in relus
+        }
+    for here in chunks(network, places):
+        unit = torch.zeros(*here.shape, math.prod(shape), dtype=torch.float64).scatter_(2, here.unsqueeze(2), 1.0)
+        rows = torch.cat([unit, -unit], 1).unflatten(2, shape)
+        start = {
+            j: torch.cat([at_units(part[:, side], here) for side in (0, 1)], 1) for j, part in (slopes or {}).items()
+        }
+        found, used = descend(network, lines, ball, rows, k, steps, start)
+        highest, lowest = found.chunk(2, 1)
+        mine, low, high = (part.gather(1, here) for part in (open_, lower, upper))
+        upper.scatter_(1, here, torch.where(mine, torch.minimum(high, highest), high))
+        lower.scatter_(1, here, torch.where(mine, torch.maximum(low, -lowest), low))
+        for j in kept.keys() & used.keys():
+            for side, part in enumerate(used[j].chunk(2, 1)):
+                index = here.view(*here.shape, *[1] * (part.ndim - 2)).expand_as(part)
+                kept[j][:, side].scatter_(1, index, part)
+    return (lower.view_as(box[0]), upper.view_as(box[1])), kept
+
+
+def at_units(values: Tensor, here: Tensor) -> Tensor:
+    """Entries of `values` `(N, units, ...)` at the units `here` `(N, m)` of each image."""
+    return values.gather(1, here.view(*here.shape, *[1] * (values.ndim - 2)).expand(*here.shape, *values.shape[2:]))
+
+
+def chunks(network: Network, places: Tensor) -> tuple[Tensor, ...]:
+    """The columns of `places` `(N, m)` in pieces whose backward passes, one up and one down each, fit in BUDGET."""
+    return places.split(max(1, BUDGET // (2 * max(len(places), 1) * widest(network))), dim=1) if places.numel() else ()
+
+
+def image_chunks(networks: tuple[Network, ...], images: int) -> tuple[Tensor, ...]:
+    """Image numbers 0 .. `images` - 1 in pieces; all difference rows of one piece stay within BUDGET."""
+    largest_pass = max(net.classes * (net.classes - 1) * widest(net) for net in networks)
+    return torch.arange(images).split(max(1, BUDGET // largest_pass)) if images else ()
+
+
+def widest(network: Network) -> int:
+    """Numbers in the largest layer, the input included."""
+    return max(math.prod(shape) for shape in network.shapes)
 
 
 def difference_rows(classes: int) -> tuple[Tensor, Tensor]:
@@ -242,11 +411,23 @@ def box_differences(lower: Tensor, upper: Tensor) -> Tensor:
     return highest.masked_fill(torch.eye(lower.shape[1], dtype=torch.bool), 0.0)
 
 
-def row_differences(network: Network, bounds: list[Box], slopes: dict[int, Tensor] | None = None) -> Tensor:
-    """Largest z_j - z_i, each bounded as one row and never above the logits' box: `(N, C, C)` at (i, j)."""
+def row_differences(
+    network: Network, lines: list[Lines], bounds: list[Box], steps: int = 0, slopes: Slopes | None = None
+) -> tuple[Tensor, Slopes]:
+    """Largest z_j - z_i, each bounded as one row and never above the logits' box: `(N, C, C)` at (i, j).
+
+    With `steps` by descent from `slopes`, `(1 or N, C(C-1), *shapes[k])`; the ones found come back.
+    """
     rows, pairs = difference_rows(network.classes)
-    found = []
-    for chunk in row_chunks(network, len(bounds[0][0]), len(rows)):
-        mine = None if slopes is None else {k: slope[:, chunk] for k, slope in slopes.items()}
-        found.append(backward(network, bounds, rows[chunk].unsqueeze(0), slopes=mine))
-    return torch.minimum(as_matrix(torch.cat(found, 1), pairs, network.classes), box_differences(*bounds[-1]))
+    n = len(bounds[0][0])
+    found, used = [], []
+    for chunk in torch.arange(len(rows)).split(max(1, 2 * BUDGET // (max(n, 1) * widest(network)))):
+        mine = {k: part[:, chunk] for k, part in (slopes or {}).items()}
+        value, kept = descend(
+            network, lines, bounds[0], rows[chunk].expand(n, -1, -1), len(network.layers), steps, mine
+        )
+        found.append(value)
+        used.append(kept)
+    slopes = {k: torch.cat([part[k] for part in used], 1) for k in used[0]}
+    matrix = as_matrix(torch.cat(found, 1), pairs, network.classes)
+    return torch.minimum(matrix, box_differences(*bounds[-1])), slopes

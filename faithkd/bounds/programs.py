@@ -21,7 +21,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
-from faithkd.bounds.linear import Box, as_matrix, backward, difference_rows, relu_lines
+from faithkd.bounds.linear import Box, as_matrix, backward, difference_rows, relax, relu_lines
 from faithkd.bounds.network import AFFINE, Network, affine, forward, windows
 from faithkd.errors import FaithkdError
 
@@ -312,7 +312,9 @@ def lp_differences(
         for k, share in (found or {}).items():
             share = torch.as_tensor(share).view(network.shapes[k])
             slopes[k][r] = torch.where(share.isnan(), slopes[k][r], share)
-    values = backward(network, bounds, rows.unsqueeze(0), slopes={k: slope.unsqueeze(0) for k, slope in slopes.items()})
+    lines = [relax(layer, *bounds[k]) for k, layer in enumerate(network.layers)]
+    slopes = {k: slope.unsqueeze(0) for k, slope in slopes.items()}
+    values = backward(network, lines, bounds[0], rows.unsqueeze(0), slopes=slopes)
     note = f"LP without multipliers for {missing} of {len(rows)} differences: CROWN's bound stays"
     return torch.minimum(highest, as_matrix(values, pairs, network.classes)[0]), note if missing else ""
 

@@ -1,0 +1,149 @@
+"""Branch and bound on each network alone: the ranges of its log-odds, and eq. (11) from both.
+
+Where the ball is so large that the joint rows gain nothing, teacher and student are better split apart: two trees of
+n domains each say about the pair what one tree would only with n x n. No row is descended here; a domain's ranges come
+from the differences z_j - z_i of one class i, with the slopes of the whole ball.
+"""
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from faithkd.bounds.joint import Table, join, pick
+from faithkd.bounds.linear import over_ball, pull
+from faithkd.bounds.tree import (
+    Root,
+    all_odds,
+    ball_of,
+    halve_domains,
+    lines_of,
+    loose_units,
+    rank_in,
+    rebox,
+    whole,
+)
+
+WIDTH = 8  # domains of one image and network that are split at once: those with the worst range
+
+
+def separate(odds: tuple) -> Tensor:
+    """Eq. (11) of each order and class from the ranges of both networks' log-odds: `(N, 2, C)`."""
+    (low_t, high_t), (low_s, high_s) = ((torch.sigmoid(end) for end in ends) for ends in odds)
+    return (torch.stack([high_t - low_s, high_s - low_t], 1) + 2.0**-50).clamp(0, 1)
+
+
+def plant(roots: tuple[Root, Root]) -> list[Table]:
+    """The two trees before any split: every image's whole ball, with the ranges of m and all differences."""
+    return [whole((root,)) | {"low": root.odds[0], "high": root.odds[1], "highest": root.highest} for root in roots]
+
+
+def search(
+    roots: tuple[Root, Root],
+    trees: list[Table],
+    cap: Tensor,
+    goal: Tensor,
+    made: Tensor,
+    nodes: int,
+    deadline: float = math.inf,
+) -> tuple[list[Table], Tensor]:
+    """The trees grown where eq. (11) is largest, and the number of domains made for each image, `made` `(N,)` so far.
+
+    An image is finished when the bound of its worst order and class is at most `goal` `(N,)`, or is not what is largest
+    after `cap` `(N, 2, C)`, bounds found otherwise; or when `nodes` are made. Stops at `deadline`.
+    """
+    images, classes = roots[0].odds[0].shape
+    made, stuck = made.clone(), torch.zeros(images, dtype=torch.bool)
+    while True:
+        bound = separate(ranges(trees, images))
+        value, place = torch.minimum(bound, cap).flatten(1).max(1)
+        binding = bound.flatten(1).gather(1, place[:, None]) <= cap.flatten(1).gather(1, place[:, None])
+        busy = binding[:, 0] & (value > goal) & (made < nodes) & ~stuck
+        if not busy.any() or time.monotonic() > deadline:
+            return trees, made
+        order, label = place // classes, place % classes
+        grown = [grow(root, tree, busy, order == root.q, label) for root, tree in zip(roots, trees, strict=True)]
+        trees = [tree for tree, _ in grown]
+        fresh = torch.bincount(torch.cat([image for _, image in grown]), minlength=images)
+        made, stuck = made + fresh, stuck | (busy & (fresh == 0))
+
+
+def ranges(trees: list[Table], images: int) -> list[tuple[Tensor, Tensor]]:
+    """The range of every class's log-odds over all domains of each image, per network."""
+    return [(over(tree, "low", images, "amin"), over(tree, "high", images, "amax")) for tree in trees]
+
+
+def narrowed(roots: tuple[Root, Root], trees: list[Table]) -> tuple[Root, Root]:
+    """The roots with what the trees say of the whole balls."""
+    images = len(roots[0].highest)
+    highest = [over(tree, "highest", images, "amax") for tree in trees]
+    parts = zip(roots, ranges(trees, images), highest, strict=True)
+    return tuple(replace(root, odds=odds, highest=high) for root, odds, high in parts)
+
+
+def over(tree: Table, name: str, images: int, how: str) -> Tensor:
+    """The smallest ("amin") or largest ("amax") entry of a column over the domains of each image."""
+    column = tree[name]
+    start = torch.full((images, *column.shape[1:]), math.inf if how == "amin" else -math.inf, dtype=torch.float64)
+    index = tree["image"].view(-1, *[1] * (column.ndim - 1)).expand_as(column)
+    return start.scatter_reduce(0, index, column, how)
+
+
+def grow(root: Root, tree: Table, busy: Tensor, upper: Tensor, label: Tensor) -> tuple[Table, Tensor]:
+    """Split the domains of each busy image where m of class `label` reaches highest (`upper`) or lowest, all `(N,)`.
+
+    Returns the tree and the images of the new domains.
+    """
+    image = tree["image"]
+    high, low = (torch.sigmoid(tree[name].gather(1, label[image][:, None])[:, 0]) for name in ("high", "low"))
+    width = (torch.bincount(image, minlength=len(busy)) // 8).clamp(min=WIDTH)
+    chosen = (rank_in(image, torch.where(upper[image], high, -low)) < width[image]) & busy[image]
+    parents = pick(tree, chosen)
+    layer, unit, found = loosest(root, parents, upper[parents["image"]], label[parents["image"]])
+    chosen[chosen.clone()] = found
+    parents, layer, unit = pick(parents, found), layer[found], unit[found]
+    boxes = {name: column for name, column in parents.items() if name.startswith(("image", "low.", "high."))}
+    network = torch.full_like(layer, root.q)
+    halves, empty = rebox((root,), halve_domains(boxes, network, layer, unit), network.repeat(2), layer.repeat(2))
+    halves = pick(join(parents, parents) | halves, ~empty)
+    halves["highest"] = differences_of(root, halves, label[halves["image"]])
+    low, high = all_odds(halves["highest"])
+    halves |= {"low": torch.maximum(halves["low"], low), "high": torch.minimum(halves["high"], high)}
+    return join(pick(tree, ~chosen), {name: halves[name] for name in tree}), halves["image"]
+
+
+def differences_of(root: Root, domains: Table, label: Tensor) -> Tensor:
+    """`highest` with the differences to class `label` of each domain computed anew."""
+    image, classes = domains["image"], root.network.classes
+    unit = torch.eye(classes, dtype=torch.float64)
+    rows = unit - unit[label][:, None]
+    slopes = {k: torch.cat([part[image, label], part[image, :, label]], 1) for k, part in root.row_slopes.items()}
+    form = pull(root.network, lines_of(root, domains), torch.cat([rows, -rows], 1), slopes=slopes)
+    up, down = over_ball(*form, *ball_of(root, image)).chunk(2, 1)
+    highest, here = domains["highest"].clone(), torch.arange(len(image))
+    highest[here, label] = torch.minimum(highest[here, label], up)
+    highest[here, :, label] = torch.minimum(highest[here, :, label], down)
+    highest[here, label, label] = 0.0
+    return highest
+
+
+def loosest(root: Root, domains: Table, upper: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer and unit of the ReLU to split in each domain, and whether there is one, three `(D,)`.
+
+    Judged on one row for m of class `label`: the differences weighted by what each contributes to the range's end.
+    """
+    here = torch.arange(len(label))
+    own = F.one_hot(label, root.network.classes)
+    up, down = domains["highest"][here, label], domains["highest"][here, :, label]
+    low_weights, high_weights = (part.masked_fill(own.bool(), -math.inf).softmax(1) for part in (up, -down))
+    row = torch.where(upper[:, None], own - high_weights, low_weights - own)
+    trace, lines = {}, lines_of(root, domains)
+    form, _ = pull(root.network, lines, row.unsqueeze(1), trace=trace)
+    low, high = ball_of(root, domains["image"])
+    _, scores, _ = loose_units(root, lines, {}, trace, torch.where(form[:, 0] > 0, high, low))
+    names = torch.tensor([(k, unit) for k in scores for unit in range(scores[k].shape[1])])
+    best, which = torch.cat(list(scores.values()), 1).max(1)
+    return *names[which].unbind(1), best > 0

@@ -1,0 +1,351 @@
+"""The ladder of methods: each bound is the smallest of all computed on the way to it."""
+
+import difflib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from faithkd import attacks, parallel
+from faithkd.bounds import agreement, branch
+from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
+from faithkd.bounds.network import Network, ball, check_images, prepare, prepare_pair, single
+from faithkd.bounds.softmax import pair_bound
+from faithkd.bounds.tree import Root, root
+from faithkd.errors import FaithkdError
+
+METHODS = {
+    "interval": "interval arithmetic to a box of logits, eq. (9): fastest and very loose",
+    "crown": "one linear relaxation per logit difference, batched: for whole test sets",
+    "alpha-crown": "crown with every slope optimised: about as tight as the LP, at a fraction of its time",
+    "lp": "the best linear relaxation per logit difference, by linear programming: seconds per image",
+    "milp": "exact ranges of the logit differences, by branch and bound: small networks or small balls",
+    "joint": "both networks see the same image: their linear forms are subtracted before the maximum is taken",
+    "bab": "branch and bound on top of joint: the longer, the tighter",
+    "best": "bab from a lower bound by PGD, in processes on all cores: both ends of the bracket",
+}
+_LINEAR = ("interval", "crown", "alpha-crown")
+LADDER = {
+    **{name: _LINEAR[: place + 1] for place, name in enumerate(_LINEAR)},
+    "lp": (*_LINEAR, "lp"),
+    "milp": (*_LINEAR, "lp", "milp"),
+    "joint": (*_LINEAR, "joint"),
+    "bab": (*_LINEAR, "joint", "bab"),
+    "best": (*_LINEAR, "joint", "bab"),
+}
+CERTIFIED = "certified"
+NOT_FINITE = "not finite: trivial bound 1"
+PIECE = 16  # images that "best" gives to one process at a time
+
+
+@dataclass(frozen=True)
+class UpperBound:
+    """Certified upper bounds of delta*, `values` `(N,)` in [0, 1]; `status` says what limited each image.
+
+    `step`: the cheapest method of LADDER that gave the value. `seconds`: wall-clock time per image. With "bab" and
+    "best" also `lower` `(N,)`, a difference that is attained at `witnesses` `(N, *image)`, and `nodes`, the parts made.
+    """
+
+    values: Tensor
+    method: str
+    status: list[str]
+    step: list[str]
+    seconds: Tensor
+    lower: Tensor | None = None
+    witnesses: Tensor | None = None
+    nodes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to bound: checked once, passed down unchanged."""
+
+    method: str
+    solver: str = "highs"
+    max_nodes: int = 10_000
+    nodes: int | None = None
+    budget: float | None = None
+    tolerance: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("solver", self.solver, ("highs", "gurobi", "auto"))
+        for name, value in (("max_nodes", self.max_nodes), ("nodes", 1 if self.nodes is None else self.nodes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise FaithkdError(f"{name} must be a whole number >= 1, not {value!r}")
+        for name, value in (("budget", self.budget), ("tolerance", self.tolerance)):
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            if not number and not (name == "budget" and value is None):
+                raise FaithkdError(f"{name} must be a finite number >= 0, not {value!r}")
+
+
+def check_choice(what: str, given: str, known) -> None:
+    """Refuse an unknown name with the nearest known one."""
+    if given not in known:
+        near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise FaithkdError(f"unknown {what} {given!r}: choose one of {', '.join(known)}{meant}")
+
+
+def faithfulness_upper_bound(
+    teacher: nn.Sequential,
+    student: nn.Sequential,
+    x: Tensor,
+    eps: float,
+    *,
+    method: str = "crown",
+    solver: str = "highs",
+    clip: tuple | None = None,
+    max_nodes: int = 10_000,
+    nodes: int | None = None,
+    budget: float | None = None,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    jobs: int | None = None,
+    progress: bool = False,
+) -> UpperBound:
+    """FaithUB of each image: certified to be at least ||f_t(x') - f_s(x')||_inf on all of B_eps(x), eq. (11).
+
+    `teacher`, `student`: torch.nn.Sequential of Linear, ReLU, Conv2d, MaxPool2d and Flatten, returning logits
+    `(N, C)`. `x`: `(N, *image)` in the networks' input space; `eps`: radius in the same units; `clip`: `(low,
+    high)`, the range of valid images, broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and
+    milp): "highs", "gurobi", or "auto", Gurobi where its licence is large enough. `max_nodes` (milp):
+    branch-and-bound nodes per logit difference; where they run out, the dual bound reached by then is used,
+    and the status says so.
+
+    bab and best: an image is finished when its bound is within `tolerance` of a difference that is attained, or when
+    `nodes` parts of its ball were made, or after `budget` seconds per image, whichever comes first; only nodes
+    repeat exactly (1,000 where neither is given). "best" begins with PGD from `seed`, and works in `jobs` processes
+    (without: $FAITHKD_JOBS, or one for each core), so that its budget is wall-clock time.
+
+    Values hold for the networks as functions of real numbers; float64 rounding is accounted for, so that no
+    solver's word is taken for "lp". For "milp" the solver's dual bound is, loosened by `programs.margin`.
+    Raises FaithkdError for whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
+    """
+    choices = Choices(method, solver, max_nodes, nodes, budget, tolerance, seed)
+    x = check_images(x)
+    prepare_pair(teacher, student, x)
+    ball(x, eps, clip)
+    count = min(parallel.jobs() if jobs is None else jobs, len(x)) if method == "best" else 1
+    if count <= 1:
+        return climb(teacher, student, x, eps, clip, choices, progress)
+    # a process alone has the time of all of them
+    share = choices if budget is None else replace(choices, budget=budget * count)
+    pieces = torch.arange(len(x)).split(min(PIECE, math.ceil(len(x) / count)))
+    calls = [partial(climb, teacher, student, x[some], eps, part_of(clip, some, x), share) for some in pieces]
+    done = [None] * len(calls)
+    with tqdm(total=len(x), desc=method, unit="image", disable=not progress, leave=False) as bar:
+        for place, found in parallel.run(calls, count, sample=0.0):
+            done[place] = found
+            bar.update(len(found.values))
+    return joined(done)
+
+
+def part_of(clip: tuple | None, some: Tensor, x: Tensor) -> tuple | None:
+    """The range of valid images for some of them: only ends that differ between images are cut."""
+    if clip is None:
+        return None
+    ends = [torch.as_tensor(end) for end in clip]
+    return tuple(end[some] if end.ndim == x.ndim and len(end) == len(x) > 1 else end for end in ends)
+
+
+def joined(parts: list[UpperBound]) -> UpperBound:
+    """The results of several pieces as one."""
+    columns = {}
+    for name in ("values", "seconds", "lower", "witnesses", "nodes"):
+        entries = [getattr(part, name) for part in parts]
+        columns[name] = None if entries[0] is None else torch.cat(entries)
+    for name in ("status", "step"):
+        columns[name] = [entry for part in parts for entry in getattr(part, name)]
+    return UpperBound(method=parts[0].method, **columns)
+
+
+def climb(teacher, student, x: Tensor, eps: float, clip, choices: Choices, progress: bool = False) -> UpperBound:
+    """`faithfulness_upper_bound` of checked arguments, in this process."""
+    pair = prepare_pair(teacher, student, x)
+    lower, upper = ball(x, eps, clip)
+    climbers = [climber(network, q, choices) for q, network in enumerate(pair)]
+    parts = []
+    with tqdm(total=len(x), desc=choices.method, unit="image", disable=not progress, leave=False) as bar:
+        # the same pieces for every method, so that the ladder of methods holds to the last bit
+        for some in image_chunks(pair, len(x)) or (torch.arange(0),):
+            box = lower[some], upper[some]
+            parts.append(climb_both(pair, climbers, box, x[some], eps, part_of(clip, some, x), choices))
+            bar.update(len(some))
+    return joined(parts)
+
+
+def climb_both(
+    pair: tuple[Network, Network], climbers: list, box: tuple, x: Tensor, eps: float, clip, choices: Choices
+) -> UpperBound:
+    """All rungs for a few images: each network's by itself, eq. (11), then what sees both."""
+    begin = time.monotonic()
+    networks = [climb(*box) for climb in climbers]
+    rungs = {name: pair_bound(*(network.rungs[name] for network in networks)) for name in networks[0].rungs}
+    finite = torch.stack([network.finite for network in networks]).all(0)
+    notes = [[note for note in both if note] for both in zip(*(network.notes for network in networks), strict=True)]
+    ends = {}
+    if "joint" in LADDER[choices.method]:
+        searched = "bab" in LADDER[choices.method]
+        known = attained(pair, box, x, eps, clip, choices) if searched else (torch.zeros(len(x)).double(), x)
+        found = shared(pair, networks, box, finite, known, choices, begin)
+        rungs |= found.pop("rungs")
+        ends = found if searched else {}
+    table = torch.stack([torch.where(finite, bound, 1.0) for bound in rungs.values()])
+    values = table.amin(0)
+    names = list(rungs)
+    steps = [names[place] for place in (table == values).int().argmax(0).tolist()]
+    status = []
+    for n, good in enumerate(finite.tolist()):
+        late = [f"stopped at {int(ends['nodes'][n])} nodes"] if ends and values[n] > ends["goal"][n] else []
+        status.append("; ".join(dict.fromkeys(notes[n] + late)) or CERTIFIED if good else NOT_FINITE)
+    ends.pop("goal", None)
+    seconds = torch.full((len(x),), (time.monotonic() - begin) / max(len(x), 1), dtype=torch.float64)
+    return UpperBound(values, choices.method, status, steps, seconds, **ends)
+
+
+@dataclass(frozen=True)
+class Climb:
+    """One network's rungs: the largest z_j - z_i `(N, C, C)` by method; a note per image; whether all is finite."""
+
+    rungs: dict[str, Tensor]
+    notes: list[str]
+    finite: Tensor
+    root: Root | None
+
+
+def climber(network: Network, q: int, choices: Choices) -> Callable[[Tensor, Tensor], Climb]:
+    """A function from boxes of images to one network's rungs. Programs are compiled once, when it is made."""
+    names = LADDER[choices.method]
+    solve = {}
+    if "lp" in names:
+        from faithkd.bounds import programs  # cvxpy takes seconds to import
+
+        wanted = [name for name in ("lp", "milp") if name in names]
+        solve = {name: programs.solver(network, name, choices.solver, choices.max_nodes) for name in wanted}
+
+    def climb(lower: Tensor, upper: Tensor) -> Climb:
+        boxes, notes, found = interval(network, lower, upper), [""] * len(lower), None
+        rungs = {"interval": box_differences(*boxes[-1])}
+        if "crown" in names:
+            boxes, lines, _ = crown(network, lower, upper)
+            highest, _ = row_differences(network, lines, boxes)
+            rungs["crown"] = torch.minimum(rungs["interval"], highest)
+        if "alpha-crown" in names:
+            found = root(network, q, lower, upper)
+            boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
+        last = list(rungs)[-1]
+        for name, improve in solve.items():
+            highest = rungs[last].clone()
+            for k in range(len(lower)):
+                one = [(low[k : k + 1], high[k : k + 1]) for low, high in boxes]
+                highest[k], note = improve(one, highest[k])
+                notes[k] = "; ".join(filter(None, (notes[k], note)))
+            rungs[name], last = highest, name
+        return Climb(rungs, notes, rungs[last].isfinite().flatten(1).all(1), found)
+
+    return climb
+
+
+def attained(pair, box, x: Tensor, eps: float, clip, choices: Choices) -> tuple[Tensor, Tensor]:
+    """A difference that is attained in each ball, `(N,)`, and where: at x, for "best" where PGD finds more (§4.1)."""
+    if choices.method != "best" or not len(x):
+        return branch.gap(pair, x), x
+    exact = bool((x.float().double() == x).all())
+    rough = tuple(single(network) for network in pair) if exact else pair
+
+    def objective(z: Tensor) -> tuple[Tensor, Tensor]:
+        difference = branch.gap(rough, z)
+        return difference, difference
+
+    witnesses, _ = attacks.search(
+        objective,
+        x.float() if exact else x,
+        float(eps),
+        steps=50,
+        step_size=2.5 * float(eps) / 50,
+        restarts=5,
+        generator=torch.Generator().manual_seed(choices.seed),
+        clip=clip,
+    )
+    witnesses = witnesses.double()
+    return branch.gap(pair, witnesses), witnesses
+
+
+def shared(
+    pair, networks: list[Climb], box: tuple, finite: Tensor, known: tuple, choices: Choices, begin: float
+) -> dict:
+    """The rungs "joint" and "bab", and both ends of the bracket; 1 for images whose boxes are not finite."""
+    good = finite.nonzero()[:, 0]
+    roots = tuple(network.root for network in networks)
+    if len(good) < len(finite):
+        roots = tuple(root(net, q, *(end[good] for end in box)) for q, net in enumerate(pair))
+    lower, witnesses = (part.clone() for part in known)
+    whole = {name: torch.ones_like(lower) for name in ("joint", "bab")}
+    nodes = torch.zeros(len(lower), dtype=torch.long)
+    goal = lower + choices.tolerance
+    if len(good):
+        middle = (box[0][good] + box[1][good]) / 2
+        first = branch.start(roots, middle, lower[good], witnesses[good])
+        whole["joint"][good] = first.upper
+        if "bab" in LADDER[choices.method]:
+            end = math.inf if choices.budget is None else begin + choices.budget * len(lower)
+            nodes_each = choices.nodes or (1000 if choices.budget is None else 10**9)
+            leaves, made = branch.certify(roots, first, choices.tolerance, nodes_each, end)
+            whole["bab"][good], nodes[good] = torch.minimum(first.upper, leaves.upper), made
+            lower[good], witnesses[good] = leaves.lower, leaves.witnesses
+            goal[good] = leaves.lower + choices.tolerance
+    if "bab" not in LADDER[choices.method]:
+        return {"rungs": {"joint": whole["joint"]}}
+    return {"rungs": whole, "lower": lower, "witnesses": witnesses, "nodes": nodes, "goal": goal}
+
+
+def difference_bounds(
+    network: nn.Sequential,
+    x: Tensor,
+    eps: float,
+    *,
+    method: str = "crown",
+    solver: str = "highs",
+    clip: tuple | None = None,
+    max_nodes: int = 10_000,
+) -> Tensor:
+    """Certified maximum of each logit difference z_j - z_i over the ball, `(N, C, C)` at [n, i, j], eq. (9).
+
+    Minima follow by antisymmetry: min (z_j - z_i) = -result[n, j, i]. +inf where nothing could be certified.
+    Arguments and errors as in `faithfulness_upper_bound`; methods up to "milp", which look at one network.
+    """
+    check_choice("method", method, [name for name in METHODS if "joint" not in LADDER[name]])
+    choices = Choices(method, solver, max_nodes)
+    x = check_images(x)
+    prepared = prepare(network, tuple(x.shape[1:]))
+    lower, upper = ball(x, eps, clip)
+    climb = climber(prepared, 0, choices)
+    found = torch.zeros(len(x), prepared.classes, prepared.classes, dtype=torch.float64)
+    for some in image_chunks((prepared,), len(x)):
+        found[some] = climb(lower[some], upper[some]).rungs[method]
+    return found
+
+
+def certified_agreement(
+    teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, *, clip: tuple | None = None
+) -> Tensor:
+    """Whether c_t(x') = c_s(x') on all of B_eps(x), certified: `(N,)` bool, False where nothing is known.
+
+    The mean is a certified lower bound of the distillation agreement, Def. 3. Arguments and errors as in
+    `faithfulness_upper_bound`.
+    """
+    x = check_images(x)
+    pair = prepare_pair(teacher, student, x)
+    lower, upper = ball(x, eps, clip)
+    holds = torch.zeros(len(x), dtype=torch.bool)
+    for some in image_chunks(pair, len(x)):
+        roots = tuple(root(network, q, lower[some], upper[some]) for q, network in enumerate(pair))
+        holds[some] = agreement.agrees(roots)
+    return holds
