@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from faithkd import data, evaluation, losses, models, parallel, source, store, training
 from faithkd.attacks import ball, search
-from faithkd.bounds import faithfulness_upper_bound
+from faithkd.bounds import certified_agreement, faithfulness_upper_bound
 from faithkd.data import Split
 from faithkd.errors import FaithkdError
 from faithkd.losses import METHODS
@@ -160,7 +160,7 @@ def _brackets(p: Params, guide: nn.Module, pairs: list, images: Split) -> list[p
     """`bracket` for each (student, ε) of `pairs`; the work of all of them is shared out together."""
     images = _owned(images)
     parts = [images[rows] for rows in torch.arange(len(images)).split(PIECE.get(p.bounds.method, SLOW_PIECE))]
-    bounds = {"bounds": p.bounds.model_dump(mode="json", exclude={"lp_images", "milp_images"})}
+    bounds = {"bounds": p.bounds.model_dump(mode="json", include={"method", "solver", "milp_nodes"})}
     # EmpLB is not cut, as all its random starts come from one generator; first, as these are the longest pieces.
     tasks = [_lower_task(p, guide, network, images, eps) for network, eps in pairs]
     tasks += [
@@ -179,6 +179,47 @@ def _brackets(p: Params, guide: nn.Module, pairs: list, images: Split) -> list[p
             raise AssertionError(f"EmpLB > FaithUB at ε = {eps}: a bound is wrong, please report it\n{both}")
         found.append(both)
     return found
+
+
+def best(p: Params) -> pd.DataFrame:
+    """Both ends of the bracket as tight as we get them, past the paper, on the first `bounds.best_images` test images.
+
+    One row per (dataset, eps, method, image): EmpLB and FaithUB of `faithfulness`, the ends BestLB and BestUB after
+    `bounds.best_nodes` parts of each ball, the `step` that gave the upper one, and whether teacher and student agree on
+    the ball: `agrees` as far as PGD sees (eqs 13-14), `agreement_certified` where it is proved (Def. 3).
+    """
+    count = min(p.bounds.best_images, p.data.test_images)
+    images, guide = _owned(data.test_subset(p)[torch.arange(count)]), teacher(p)
+    networks = {method: student(p, method) for method in STUDENTS}
+    work = [(eps, method) for eps in p.evaluate.eps for method in networks]
+    nodes = {"nodes": p.bounds.best_nodes}
+    pieces = [images[rows] for rows in torch.arange(count).split(SLOW_PIECE)]
+    tasks = [
+        _Task(
+            "best",
+            _depends(p, part, float(eps), guide, networks[method]) | nodes,
+            _best,
+            (p, guide, networks[method], part, float(eps)),
+        )
+        for eps, method in work
+        for part in pieces
+    ]
+    tables = _tables(tasks, f"{p.profile}: best bounds")
+    wide = faithfulness(p).set_index(["eps", "method", "image"])[["EmpLB", "FaithUB"]]
+    agrees = robustness(p).set_index(["eps", "method", "image"])[["agrees"]]
+    parts = []
+    for place, (eps, method) in enumerate(work):
+        found = pd.concat(tables[place * len(pieces) : (place + 1) * len(pieces)], ignore_index=True)
+        parts.append(_named(p, found, images, eps=str(eps), method=method))
+    frame = pd.concat(parts, ignore_index=True).join(wide, on=["eps", "method", "image"])
+    frame = frame.join(agrees, on=["eps", "method", "image"])
+    for low in ("EmpLB", "BestLB"):
+        for high in ("FaithUB", "BestUB"):
+            if not (frame[low] <= frame[high] + 1e-12).all():
+                raise AssertionError(f"{low} > {high}: a bound is wrong, please report it\n{frame}")
+    if (frame["agreement_certified"] & ~frame["agrees"]).any():
+        raise AssertionError(f"an agreement is certified where PGD disagrees, please report it\n{frame}")
+    return frame
 
 
 def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float, steps: int | None = None):
@@ -327,6 +368,16 @@ def _upper_bound(p: Params, guide, network, images: Split, eps: float) -> pd.Dat
         clip=data.clip_range(p),
     )
     return pd.DataFrame({"FaithUB": bound.values.numpy(), "status": bound.status})
+
+
+def _best(p: Params, guide, network, images: Split, eps: float) -> pd.DataFrame:
+    clip = data.clip_range(p)
+    bound = faithfulness_upper_bound(
+        guide, network, images.x, eps, method="best", nodes=p.bounds.best_nodes, seed=p.seed, clip=clip, jobs=1
+    )
+    holds = certified_agreement(guide, network, images.x, eps, clip=clip)
+    columns = {"BestLB": bound.lower.numpy(), "BestUB": bound.values.numpy(), "step": bound.step}
+    return pd.DataFrame(columns | {"agreement_certified": holds.numpy()})
 
 
 def _clear_disagreement(teacher_logits, student_logits, y):

@@ -196,11 +196,13 @@ class Evaluate(Group):
 class Bounds(Group):
     """FaithUB, and how many images the slower bounds are shown on."""
 
-    method: Literal["interval", "crown", "lp", "milp"]
+    method: Literal["interval", "crown", "alpha-crown", "lp", "milp", "joint", "bab", "best"]
     solver: Literal["auto", "highs", "gurobi"]
     lp_images: Whole
     milp_images: Whole
     milp_nodes: Count
+    best_images: Count
+    best_nodes: Count
 
 
 class Ablation(Group):
