@@ -186,7 +186,7 @@ def tighten(
     rough = {name: column.float() if column.is_floating_point() else column for name, column in rows.items()}
     rough_phases = {name: column.float() for name, column in phases.items() if name.startswith("phase")}
     rough_pair = tuple(single(network) for network in pair)
-    rough_lines = tuple([None if line is None else line.float() for line in part] for part in lines)
+    rough_lines = tuple([None if line is None else line.rough() for line in part] for part in lines)
     rough_box = tuple(end.float() for end in box)
     value = torch.full(rows["value"].shape, math.inf)
     kept = {name: column.clone() for name, column in free.items()}

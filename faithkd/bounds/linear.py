@@ -23,7 +23,7 @@ from faithkd.bounds.network import AFFINE, Network, affine, single, transpose, w
 Box = tuple[Tensor, Tensor]
 Slopes = dict[int, Tensor]  # by layer: lower slopes of its units, one set per row
 RELAXED = (nn.ReLU, nn.MaxPool2d)  # what is not linear
-BUDGET = 2**19  # numbers in the largest tensor of one pass (4 MB): what fits in a cache is also faster
+BUDGET = 2**20  # numbers in the largest tensor of one pass (8 MB): what fits in a cache is also faster
 LARGE = 512  # places of a layer before ReLU: past it, one pass without descent (convolutions)
 STEPS = 10  # of gradient descent on the slopes; on the paper's networks more gain less than 0.1 % of the bound
 RATE, FALL = 0.6, 0.8  # its first step, falling each time; slopes lie in [0, 1]
@@ -74,7 +74,7 @@ class Lines:
     `(N, 1, channels, window, outputs)`. An affine layer is its own line and has `noise` only.
     """
 
-    noise: Tensor
+    noise: Tensor | None
     shift: Tensor | None = None
     above: Tensor | None = None
     below: Tensor | None = None
@@ -83,10 +83,10 @@ class Lines:
     def __getitem__(self, index: Tensor) -> "Lines":
         return Lines(*(None if part is None else part[index] for part in vars(self).values()))
 
-    def float(self) -> "Lines":
-        """The same in float32."""
-        parts = vars(self).values()
-        return Lines(*(part.float() if part is not None and part.is_floating_point() else part for part in parts))
+    def rough(self) -> "Lines":
+        """The same in float32 and without noise: for looking around, never for a bound."""
+        parts = (self.shift, self.above, self.below)
+        return Lines(None, *(None if part is None else part.float() for part in parts), self.free)
 
 
 def relax(layer: nn.Module, lower: Tensor, upper: Tensor) -> Lines | None:
@@ -209,7 +209,8 @@ def pull(
         if isinstance(layer, nn.Flatten):
             rows = rows.unflatten(2, shape)
         elif isinstance(layer, AFFINE):
-            total = total + dot(rows.abs(), line.noise)
+            if line.noise is not None:
+                total = total + dot(rows.abs(), line.noise)
             if layer.bias is not None:
                 total = total + (rows if rows.ndim == 3 else rows.flatten(3).sum(3)) @ layer.bias
             rows = transpose(layer, rows.flatten(0, 1), shape).unflatten(0, rows.shape[:2])
@@ -218,13 +219,17 @@ def pull(
                 trace[k] = rows
             positive = rows.clamp(min=0)
             negative = rows - positive
-            total = total + dot(positive, line.shift) - dot(negative, line.noise)
+            total = total + dot(positive, line.shift)
+            if line.noise is not None:
+                total = total - dot(negative, line.noise)
             rows = positive * line.above + negative * allowed(slopes.get(k), line)
             if k in push:
                 rows = rows + push[k]
         else:
             rows = rows.flatten(3)
-            total = total + dot(rows.clamp(min=0), line.shift) - dot(rows.clamp(max=0), line.noise)
+            total = total + dot(rows.clamp(min=0), line.shift)
+            if line.noise is not None:
+                total = total - dot(rows.clamp(max=0), line.noise)
             rows = through_pool(layer, line, rows, slopes.get(k), shape)
     return rows, total
 
@@ -234,11 +239,25 @@ def over_ball(rows: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tens
 
     Never below the exact maximum; what overflows is +inf.
     """
-    middle = ((lower + upper) / 2).unsqueeze(1)
-    radius = torch.maximum(upper.unsqueeze(1) - middle, middle - lower.unsqueeze(1))
-    slack = gamma(2 * math.prod(middle.shape[1:])) * (middle.abs() + radius)
-    found = total + dot(rows, middle) + dot(rows.abs(), radius + slack)
-    return found.nan_to_num(math.inf, math.inf, math.inf)
+    return (total + Highest.apply(rows, lower, upper)).nan_to_num(math.inf, math.inf, math.inf)
+
+
+class Highest(torch.autograd.Function):
+    """The maximum of rows over a box; its gradient is the corner that attains it, which is cheaper than autograd's."""
+
+    @staticmethod
+    def forward(ctx, rows, lower, upper):
+        ctx.save_for_backward(rows, lower, upper)
+        middle = ((lower + upper) / 2).unsqueeze(1)
+        radius = torch.maximum(upper.unsqueeze(1) - middle, middle - lower.unsqueeze(1))
+        slack = gamma(2 * math.prod(middle.shape[1:])) * (middle.abs() + radius)
+        return dot(rows, middle) + dot(rows.abs(), radius + slack)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, lower, upper = ctx.saved_tensors
+        corner = torch.where(rows > 0, upper.unsqueeze(1), lower.unsqueeze(1))
+        return corner.mul_(gradient.view(*gradient.shape, *[1] * (rows.ndim - 2))), None, None
 
 
 def backward(
@@ -261,7 +280,7 @@ def descend(
         return backward(network, lines, box, rows, at, slopes), slopes or {}
     start = {k: lines[k].below for k in free} | (slopes or {})
     now = {k: part.float().expand(*rows.shape[:2], *part.shape[2:]).clone() for k, part in start.items()}
-    rough, rough_lines = single(network), [None if line is None else line.float() for line in lines]
+    rough, rough_lines = single(network), [None if line is None else line.rough() for line in lines]
     rough_box, rough_rows = tuple(end.float() for end in box), rows.float()
     value = torch.full(rows.shape[:2], math.inf)
     kept = {k: part.clone() for k, part in now.items()}
@@ -377,9 +396,9 @@ def chunks(network: Network, places: Tensor) -> tuple[Tensor, ...]:
 
 
 def image_chunks(networks: tuple[Network, ...], images: int) -> tuple[Tensor, ...]:
-    """Image numbers 0 .. `images` - 1 in pieces; all difference rows of one piece stay within BUDGET."""
+    """Image numbers 0 .. `images` - 1 in pieces whose difference rows take some 16 MB a layer, all at once."""
     largest_pass = max(net.classes * (net.classes - 1) * widest(net) for net in networks)
-    return torch.arange(images).split(max(1, BUDGET // largest_pass)) if images else ()
+    return torch.arange(images).split(max(1, 2 * BUDGET // largest_pass)) if images else ()
 
 
 def widest(network: Network) -> int:
@@ -421,7 +440,7 @@ def row_differences(
     rows, pairs = difference_rows(network.classes)
     n = len(bounds[0][0])
     found, used = [], []
-    for chunk in torch.arange(len(rows)).split(max(1, 2 * BUDGET // (max(n, 1) * widest(network)))):
+    for chunk in torch.arange(len(rows)).split(max(1, BUDGET // (max(n, 1) * widest(network)))):
         mine = {k: part[:, chunk] for k, part in (slopes or {}).items()}
         value, kept = descend(
             network, lines, bounds[0], rows[chunk].expand(n, -1, -1), len(network.layers), steps, mine
