@@ -27,6 +27,7 @@ from faithkd.bounds.tree import (
     whole,
 )
 
+NEARLY = 0.9  # a bound above this share of eq. (11) gains nothing yet from the shared input
 WIDTH = 8  # domains of one image and network that are split at once: those with the worst range
 
 
@@ -42,26 +43,19 @@ def plant(roots: tuple[Root, Root]) -> list[Table]:
 
 
 def search(
-    roots: tuple[Root, Root],
-    trees: list[Table],
-    cap: Tensor,
-    goal: Tensor,
-    made: Tensor,
-    nodes: int,
-    deadline: float = math.inf,
+    roots: tuple[Root, Root], trees: list[Table], cap: Tensor, goal: Tensor, nodes: Tensor, deadline: float = math.inf
 ) -> tuple[list[Table], Tensor]:
-    """The trees grown where eq. (11) is largest, and the number of domains made for each image, `made` `(N,)` so far.
+    """The trees grown where eq. (11) is largest, and the number of domains made for each image, two `(N,)` counts.
 
-    An image is finished when the bound of its worst order and class is at most `goal` `(N,)`, or is not what is largest
-    after `cap` `(N, 2, C)`, bounds found otherwise; or when `nodes` are made. Stops at `deadline`.
+    An image is finished when the bound of its worst order and class is at most `goal` `(N,)`, or when `nodes` `(N,)`
+    are made. A class whose `cap` `(N, 2, C)`, a bound found otherwise, is clearly below eq. (11) is left alone.
     """
     images, classes = roots[0].odds[0].shape
-    made, stuck = made.clone(), torch.zeros(images, dtype=torch.bool)
+    made, stuck = torch.zeros(images, dtype=torch.long), torch.zeros(images, dtype=torch.bool)
     while True:
         bound = separate(ranges(trees, images))
-        value, place = torch.minimum(bound, cap).flatten(1).max(1)
-        binding = bound.flatten(1).gather(1, place[:, None]) <= cap.flatten(1).gather(1, place[:, None])
-        busy = binding[:, 0] & (value > goal) & (made < nodes) & ~stuck
+        value, place = torch.where(cap < NEARLY * bound, 0.0, bound).flatten(1).max(1)
+        busy = (value > goal) & (made < nodes) & ~stuck
         if not busy.any() or time.monotonic() > deadline:
             return trees, made
         order, label = place // classes, place % classes

@@ -37,11 +37,9 @@ ROOT_STEPS = 15  # of descent for the rows of the whole ball
 STEPS = 8  # of descent for the rows of a part
 WIDTH = 8  # domains of one image that are split at once: the largest ones
 ALIVE = 3  # rows of a new domain that are worth a descent: the largest ones
-NEARLY = 0.9  # a row above this share of what its ranges alone say gains nothing yet from the shared input
 FLOOR = 0.5  # a network whose k has vanished is scored with this share of its leverage
 REACH = 2.0  # over how many units of m leverage looks ahead
-SHARE = 0.4  # of the budget that an image may spend on `apart` before it branches here
-FIRST = 64  # domains made apart before the joint rows are tried again; doubled each time
+FIRST = 64  # parts made of an image in the first round; later rounds are half of all so far
 
 
 @dataclass(frozen=True)
@@ -85,30 +83,60 @@ def certify(
     deadline: float = math.inf,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Leaves, Tensor]:
-    """The whole search from `start`: first `apart` where the shared input gains nothing, then on the joint rows.
+    """The whole search from `start`, on each network `apart` and on the joint rows by turns: both say what they can.
 
-    Returns the leaves and the number of parts made per image. `watch` sees the bounds `(N,)` and parts as they come.
+    What one of them gained in the last round decides on its share of the next one, image by image. Returns the leaves
+    and the number of parts made per image. `watch` sees the bounds `(N,)` and these numbers after every round.
     """
-    middle = (roots[0].bounds[0][0] + roots[0].bounds[0][1]) / 2
-    lower, witnesses = leaves.lower, leaves.witnesses
-    whole_roots, trees, made, limit = roots, apart.plant(roots), torch.zeros(len(lower), dtype=torch.long), FIRST
-    early = time.monotonic() + SHARE * (deadline - time.monotonic())
+    trees, whole_roots = apart.plant(roots), roots
+    made = torch.zeros(len(leaves.lower), dtype=torch.long)
+    share = torch.full_like(leaves.lower, 0.5)
     while True:
-        # rows that gain from the shared input wait for the search below; all others may be improved apart
-        values = leaves.rows["value"]
-        cap = torch.where(values > NEARLY * joint.separate(leaves.rows), 1.0, values).view(len(lower), 2, -1)
-        before, allowed = made, int(min(limit, SHARE * nodes))
-        trees, made = apart.search(whole_roots, trees, cap, lower + tolerance, made, allowed, early)
-        if torch.equal(made, before):
-            break
+        room = torch.minimum((made / 2).clamp(min=FIRST), nodes - made)
+        first, goal = leaves.upper, leaves.lower + tolerance
+        soon = time.monotonic() + (deadline - time.monotonic()) / 2
+        trees, alone = apart.search(whole_roots, trees, worst_rows(leaves), goal, share * room, soon)
         roots = apart.narrowed(whole_roots, trees)
-        leaves = start(roots, middle, lower, witnesses)
-        leaves.rows["value"] = torch.minimum(leaves.rows["value"], values)
+        leaves = inherit(roots, leaves)
+        second = leaves.upper
+        leaves, together = search(roots, leaves, tolerance, (1 - share) * room, deadline)
+        gains = torch.stack([(first - second) / alone.clamp(min=1), (second - leaves.upper) / together.clamp(min=1)])
+        share = (gains[0] / gains.sum(0).clamp(min=1e-12)).clamp(0.1, 0.9)
+        made = made + alone + together
         if watch is not None:
             watch(leaves.upper, made)
-        limit *= 2
-    leaves, more = search(roots, leaves, tolerance, nodes - made, deadline, watch)
-    return leaves, made + more
+        if not (alone + together).any() or time.monotonic() > deadline:
+            return leaves, made
+
+
+def worst_rows(leaves: Leaves) -> Tensor:
+    """The largest open row of each order and class, `(N, 2, C)`; 0 where all are finished."""
+    classes = leaves.rows["w"].shape[1]
+    image = leaves.domains["image"][leaves.rows["domain"]]
+    place = (image * 2 + leaves.rows["order"]) * classes + leaves.rows["label"]
+    worst = torch.zeros(len(leaves.lower) * 2 * classes, dtype=torch.float64)
+    return worst.scatter_reduce(0, place, leaves.rows["value"], "amax").view(-1, 2, classes)
+
+
+def inherit(roots: tuple[Root, Root], leaves: Leaves) -> Leaves:
+    """The leaves with what `apart` found on the whole balls: narrower ranges of m and of the differences in L."""
+    rows = leaves.rows
+    image, label = leaves.domains["image"][rows["domain"]], rows["label"]
+    teacher, student = (torch.stack([end[image, label] for end in root.odds], 1) for root in roots)
+    first = (rows["order"] == 0)[:, None]
+    odds = torch.cat([torch.where(first, teacher, student), torch.where(first, student, teacher)], 1)
+    of_lower = torch.where(first.unsqueeze(2), roots[1].highest[image], roots[0].highest[image])
+    near = near_range(of_lower, rows["ref"])
+    ends = [
+        meet(torch.maximum(old[0], new[0]), torch.minimum(old[1], new[1]))[:2]
+        for old, new in (
+            (rows["range"].T[0:2], odds.T[0:2]),
+            (rows["range"].T[2:4], odds.T[2:4]),
+            (rows["near"].unbind(1), near.unbind(1)),
+        )
+    ]
+    rows = rows | {"range": torch.stack([*ends[0], *ends[1]], 1), "near": torch.stack(ends[2], 1)}
+    return replace(leaves, rows=rows | {"value": torch.minimum(rows["value"], joint.separate(rows))})
 
 
 def gap(pair: tuple[Network, Network], x: Tensor) -> Tensor:
@@ -247,7 +275,7 @@ def decide(roots: tuple[Root, Root], domains: Table, rows: Table) -> tuple[Tenso
     """
     mine = pick(domains, rows["domain"])
     reach = leverage(rows["range"]).log()
-    far = rows["value"] > NEARLY * joint.separate(rows)
+    far = rows["value"] > apart.NEARLY * joint.separate(rows)
     scored = rows | {"k": torch.where(far[:, None], reach, torch.maximum(rows["k"], reach + math.log(FLOOR)))}
     low, high = ball_of(roots[0], mine["image"])
     logit_rows = joint.forms(scored, logit_size(roots, mine["image"]))[:2]
