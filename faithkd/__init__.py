@@ -14,9 +14,10 @@ _PUBLIC = {
     "LowerBound": "evaluation",
     "faithfulness_upper_bound": "bounds",
     "UpperBound": "bounds",
+    "certified_agreement": "bounds",
 }
 
-__all__ = ["FaithkdError", "LowerBound", "UpperBound", "empirical_lower_bound", "faithfulness_upper_bound"]
+__all__ = ["FaithkdError", *_PUBLIC]
 
 
 def __getattr__(name: str):

@@ -16,14 +16,14 @@ from faithkd.bounds import agreement, branch
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.network import Network, ball, check_images, prepare, prepare_pair, single
 from faithkd.bounds.softmax import pair_bound
-from faithkd.bounds.tree import Root, root
+from faithkd.bounds.tree import Root, at_images, root
 from faithkd.errors import FaithkdError
 
 METHODS = {
     "interval": "interval arithmetic to a box of logits, eq. (9): fastest and very loose",
     "crown": "one linear relaxation per logit difference, batched: for whole test sets",
     "alpha-crown": "crown with every slope optimised: about as tight as the LP, at a fraction of its time",
-    "lp": "the best linear relaxation per logit difference, by linear programming: seconds per image",
+    "lp": "the best linear relaxation per logit difference, by linear programming: tenths of seconds per image",
     "milp": "exact ranges of the logit differences, by branch and bound: small networks or small balls",
     "joint": "both networks see the same image: their linear forms are subtracted before the maximum is taken",
     "bab": "branch and bound on top of joint: the longer, the tighter",
@@ -40,7 +40,10 @@ LADDER = {
 }
 CERTIFIED = "certified"
 NOT_FINITE = "not finite: trivial bound 1"
-PIECE = 16  # images that "best" gives to one process at a time
+PIECE = 16  # images searched at once, and given to one process at a time
+DEFAULT_NODES, UNLIMITED = 1000, 10**9
+PARTS = 16_000  # of all images searched at once: about a gigabyte
+SPEED = 2000  # parts made in a second, at most
 
 
 @dataclass(frozen=True)
@@ -116,16 +119,16 @@ def faithfulness_upper_bound(
     `(N, C)`. `x`: `(N, *image)` in the networks' input space; `eps`: radius in the same units; `clip`: `(low,
     high)`, the range of valid images, broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and
     milp): "highs", "gurobi", or "auto", Gurobi where its licence is large enough. `max_nodes` (milp):
-    branch-and-bound nodes per logit difference; where they run out, the dual bound reached by then is used,
-    and the status says so.
+    branch-and-bound nodes per logit difference; where they run out, the bound reached by then is used, and the
+    status says so.
 
     bab and best: an image is finished when its bound is within `tolerance` of a difference that is attained, or when
     `nodes` parts of its ball were made, or after `budget` seconds per image, whichever comes first; only nodes
     repeat exactly (1,000 where neither is given). "best" begins with PGD from `seed`, and works in `jobs` processes
     (without: $FAITHKD_JOBS, or one for each core), so that its budget is wall-clock time.
 
-    Values hold for the networks as functions of real numbers; float64 rounding is accounted for, so that no
-    solver's word is taken for "lp". For "milp" the solver's dual bound is, loosened by `programs.margin`.
+    Values hold for the networks as functions of real numbers; float64 rounding is accounted for. No solver's word is
+    taken: for "lp" and "milp" its multipliers only, and every bound is computed from them anew (`exact`).
     Raises FaithkdError for whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
     """
     choices = Choices(method, solver, max_nodes, nodes, budget, tolerance, seed)
@@ -187,9 +190,11 @@ def climb_both(
     """All rungs for a few images: each network's by itself, eq. (11), then what sees both."""
     begin = time.monotonic()
     networks = [climb(*box) for climb in climbers]
+    notes = [[]] * len(x)
+    if "lp" in LADDER[choices.method]:
+        networks, notes = solved(networks, choices)
     rungs = {name: pair_bound(*(network.rungs[name] for network in networks)) for name in networks[0].rungs}
     finite = torch.stack([network.finite for network in networks]).all(0)
-    notes = [[note for note in both if note] for both in zip(*(network.notes for network in networks), strict=True)]
     ends = {}
     if "joint" in LADDER[choices.method]:
         searched = "bab" in LADDER[choices.method]
@@ -212,26 +217,28 @@ def climb_both(
 
 @dataclass(frozen=True)
 class Climb:
-    """One network's rungs: the largest z_j - z_i `(N, C, C)` by method; a note per image; whether all is finite."""
+    """One network's rungs: the largest z_j - z_i `(N, C, C)` by method; whether all is finite.
+
+    `boxes`: of every layer's input; `open`: from one image's boxes to its LP (`exact.opener`), for "lp" and "milp".
+    """
 
     rungs: dict[str, Tensor]
-    notes: list[str]
     finite: Tensor
     root: Root | None
+    boxes: list[tuple[Tensor, Tensor]]
+    open: Callable | None
 
 
 def climber(network: Network, q: int, choices: Choices) -> Callable[[Tensor, Tensor], Climb]:
     """A function from boxes of images to one network's rungs. Programs are compiled once, when it is made."""
-    names = LADDER[choices.method]
-    solve = {}
+    names, opened = LADDER[choices.method], None
     if "lp" in names:
-        from faithkd.bounds import programs  # cvxpy takes seconds to import
+        from faithkd.bounds import exact  # cvxpy takes seconds to import
 
-        wanted = [name for name in ("lp", "milp") if name in names]
-        solve = {name: programs.solver(network, name, choices.solver, choices.max_nodes) for name in wanted}
+        opened = exact.opener(network, choices.solver)
 
     def climb(lower: Tensor, upper: Tensor) -> Climb:
-        boxes, notes, found = interval(network, lower, upper), [""] * len(lower), None
+        boxes, found = interval(network, lower, upper), None
         rungs = {"interval": box_differences(*boxes[-1])}
         if "crown" in names:
             boxes, lines, _ = crown(network, lower, upper)
@@ -240,17 +247,31 @@ def climber(network: Network, q: int, choices: Choices) -> Callable[[Tensor, Ten
         if "alpha-crown" in names:
             found = root(network, q, lower, upper)
             boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
-        last = list(rungs)[-1]
-        for name, improve in solve.items():
-            highest = rungs[last].clone()
-            for k in range(len(lower)):
-                one = [(low[k : k + 1], high[k : k + 1]) for low, high in boxes]
-                highest[k], note = improve(one, highest[k])
-                notes[k] = "; ".join(filter(None, (notes[k], note)))
-            rungs[name], last = highest, name
-        return Climb(rungs, notes, rungs[last].isfinite().flatten(1).all(1), found)
+        last = list(rungs.values())[-1]
+        return Climb(rungs, last.isfinite().flatten(1).all(1), found, boxes, opened)
 
     return climb
+
+
+def solved(networks: list[Climb], choices: Choices) -> tuple[list[Climb], list[list[str]]]:
+    """The rungs "lp" and "milp" of one network, or of a pair where eq. (11) can change, and notes for each image."""
+    from faithkd.bounds import exact
+
+    names = [name for name in ("lp", "milp") if name in LADDER[choices.method]]
+    rungs = [{name: list(network.rungs.values())[-1].clone() for name in names} for network in networks]
+    notes = []
+    for n in range(len(networks[0].finite)):
+        boxes = [[(low[n : n + 1], high[n : n + 1]) for low, high in network.boxes] for network in networks]
+        images = [network.open(mine) for network, mine in zip(networks, boxes, strict=True)]
+        notes.append([] if all(images) else ["LP not tried: boxes not finite"])
+        highest = [found[names[0]][n] for found in rungs]
+        for name in names if all(images) else ():
+            highest, note = exact.climb(images, highest, choices.max_nodes if name == "milp" else 1)
+            notes[-1] += [note] if note else []
+            for found, mine in zip(rungs, highest, strict=True):
+                found[name][n] = mine
+    networks = [replace(network, rungs=network.rungs | found) for network, found in zip(networks, rungs, strict=True)]
+    return networks, notes
 
 
 def attained(pair, box, x: Tensor, eps: float, clip, choices: Choices) -> tuple[Tensor, Tensor]:
@@ -282,28 +303,28 @@ def shared(
     pair, networks: list[Climb], box: tuple, finite: Tensor, known: tuple, choices: Choices, begin: float
 ) -> dict:
     """The rungs "joint" and "bab", and both ends of the bracket; 1 for images whose boxes are not finite."""
-    good = finite.nonzero()[:, 0]
-    roots = tuple(network.root for network in networks)
-    if len(good) < len(finite):
-        roots = tuple(root(net, q, *(end[good] for end in box)) for q, net in enumerate(pair))
     lower, witnesses = (part.clone() for part in known)
-    whole = {name: torch.ones_like(lower) for name in ("joint", "bab")}
-    nodes = torch.zeros(len(lower), dtype=torch.long)
-    goal = lower + choices.tolerance
-    if len(good):
-        middle = (box[0][good] + box[1][good]) / 2
-        first = branch.start(roots, middle, lower[good], witnesses[good])
-        whole["joint"][good] = first.upper
-        if "bab" in LADDER[choices.method]:
-            end = math.inf if choices.budget is None else begin + choices.budget * len(lower)
-            nodes_each = choices.nodes or (1000 if choices.budget is None else 10**9)
-            leaves, made = branch.certify(roots, first, choices.tolerance, nodes_each, end)
-            whole["bab"][good], nodes[good] = torch.minimum(first.upper, leaves.upper), made
-            lower[good], witnesses[good] = leaves.lower, leaves.witnesses
-            goal[good] = leaves.lower + choices.tolerance
-    if "bab" not in LADDER[choices.method]:
-        return {"rungs": {"joint": whole["joint"]}}
-    return {"rungs": whole, "lower": lower, "witnesses": witnesses, "nodes": nodes, "goal": goal}
+    whole = {name: torch.ones_like(lower) for name in ("joint", "bab") if name in LADDER[choices.method]}
+    made = torch.zeros(len(lower), dtype=torch.long)
+    nodes = choices.nodes or (DEFAULT_NODES if choices.budget is None else UNLIMITED)
+    # so few at once that all their parts fit in memory
+    expected = nodes if choices.budget is None else min(nodes, SPEED * choices.budget)
+    left = finite.nonzero()[:, 0]
+    for some in left.split(max(1, min(PIECE, int(PARTS / max(expected, 1))))) if len(left) else ():
+        roots = tuple(at_images(network.root, some) for network in networks)
+        leaves = branch.start(roots, (box[0][some] + box[1][some]) / 2, lower[some], witnesses[some])
+        whole["joint"][some] = leaves.upper
+        if "bab" in whole:
+            now = time.monotonic()
+            end = math.inf if choices.budget is None else begin + choices.budget * len(finite)
+            deadline = now + (end - now) * len(some) / len(left)
+            left = left[len(some) :]
+            leaves, made[some] = branch.certify(roots, leaves, choices.tolerance, nodes, deadline)
+            whole["bab"][some] = torch.minimum(whole["joint"][some], leaves.upper)
+            lower[some], witnesses[some] = leaves.lower, leaves.witnesses
+    if "bab" not in whole:
+        return {"rungs": whole}
+    return {"rungs": whole, "lower": lower, "witnesses": witnesses, "nodes": made, "goal": lower + choices.tolerance}
 
 
 def difference_bounds(
@@ -329,7 +350,10 @@ def difference_bounds(
     climb = climber(prepared, 0, choices)
     found = torch.zeros(len(x), prepared.classes, prepared.classes, dtype=torch.float64)
     for some in image_chunks((prepared,), len(x)):
-        found[some] = climb(lower[some], upper[some]).rungs[method]
+        mine = [climb(lower[some], upper[some])]
+        if "lp" in LADDER[method]:
+            mine, _ = solved(mine, choices)
+        found[some] = mine[0].rungs[method]
     return found
 
 

@@ -5,7 +5,7 @@ teacher, 1: the student), `low.q.k` and `high.q.k`, the box of its input, each `
 domains which together cover the first; the boxes of all later layers are then computed anew.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,20 @@ class Root:
     @property
     def relus(self) -> list[int]:
         return [k for k, layer in enumerate(self.network.layers) if isinstance(layer, nn.ReLU)]
+
+
+def at_images(root: Root, some: Tensor) -> Root:
+    """The root of some of its images."""
+
+    def part(tree):
+        if isinstance(tree, dict):
+            return {name: part(entry) for name, entry in tree.items()}
+        if isinstance(tree, list | tuple):
+            return type(tree)(part(entry) for entry in tree)
+        return None if tree is None else tree[some]
+
+    columns = ("bounds", "lines", "slopes", "highest", "row_slopes", "odds")
+    return replace(root, **{name: part(getattr(root, name)) for name in columns})
 
 
 def root(network: Network, q: int, lower: Tensor, upper: Tensor, steps: int = STEPS) -> Root:
