@@ -79,8 +79,8 @@ def _announce(paths: list[Path]) -> None:
 def save_table(p: Params, name: str, table: pd.DataFrame, caption: str):
     """Save a table of the paper (CSV, and a picture of it as PDF and PNG) and return it styled for the notebook.
 
-    `name` is table1, table2, table3 or table5. Our value stands first, the paper's in brackets where it has one; the
-    best student of a row is bold.
+    `name` is table1, table2, table3, table5, or past the paper best or agreement. Our value stands first, the paper's
+    in brackets where it has one; the best student of a row is bold.
     """
     cells, best = tables.layout(table, name)
     figure = _picture(cells, best, caption)
@@ -325,12 +325,58 @@ def by_eps(table: pd.DataFrame, by: str = "method") -> Figure:
 
 
 def brackets(part: pd.DataFrame, title: str) -> Figure:
-    """The bracket EmpLB ≤ δ* ≤ FaithUB of each image as a vertical bar, images sorted by EmpLB."""
+    """The bracket EmpLB ≤ δ* ≤ FaithUB of each image as a vertical bar, images sorted by EmpLB.
+
+    With the columns BestLB and BestUB (`experiment.best`) theirs is the bar, and the paper's stands lighter behind it.
+    """
     part = part.sort_values(["EmpLB", "FaithUB"], ignore_index=True)
+    ends = [("EmpLB", "FaithUB", "found", "certified")]
+    if "BestUB" in part:
+        ends.append(("BestLB", "BestUB", "found by PGD and branching", "certified by branch and bound"))
     figure, axes = plt.subplots(figsize=(WIDTH, 2.8))
-    axes.vlines(part.index, part["EmpLB"], part["FaithUB"], color="0.75", lw=1.2)
-    axes.plot(part.index, part["FaithUB"], ".", color=UPPER, ms=4, label="FaithUB (certified)")
-    axes.plot(part.index, part["EmpLB"], ".", color=LOWER, ms=4, label="EmpLB (found)")
+    size = 4 if len(part) > 60 else 6
+    for place, (low, high, found, certified) in enumerate(ends):
+        front = place == len(ends) - 1
+        look = {"alpha": 1.0 if front else 0.35, "ms": size, "zorder": 2 + place}
+        axes.vlines(part.index, part[low], part[high], color="0.7" if front else "0.9", lw=size / 3, zorder=1 + place)
+        axes.plot(part.index, part[high], ".", color=UPPER, label=f"{high} ({certified})", **look)
+        axes.plot(part.index, part[low], ".", color=LOWER, label=f"{low} ({found})", **look)
     axes.set(xlabel="test images, sorted by EmpLB", ylabel="δ* lies in the bar", ylim=(0, 1.02), title=title)
-    axes.legend(loc="upper left")
+    if len(ends) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    else:
+        axes.legend(loc="upper left")
+    return figure
+
+
+def best_by_eps(table: pd.DataFrame) -> Figure:
+    """`tables.best` as a picture: per student and ε our mean bracket, in front of the paper's."""
+    radii, methods = list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table["method"]))
+    figure, grid = plt.subplots(1, len(methods), figsize=(WIDTH, 3.1), sharey=True, squeeze=False)
+    for axes, method in zip(grid[0], methods, strict=True):
+        part, places = table[table["method"] == method], range(len(radii))
+        axes.vlines(places, part["EmpLB"], part["FaithUB"], color="0.88", lw=11, label="EmpLB to FaithUB")
+        axes.vlines(places, part["BestLB"], part["BestUB"], color=COLOURS[method], lw=5, label="BestLB to BestUB")
+        axes.plot(places, part["BestUB"], "_", color=UPPER, ms=11, mew=2, label="BestUB")
+        axes.plot(places, part["BestLB"], "_", color=LOWER, ms=11, mew=2, label="BestLB")
+        axes.set(title=method, xlabel="ε", ylim=(0, 1.02), xlim=(-0.6, len(radii) - 0.4))
+        axes.set_xticks(places, radii, rotation=90 if max(map(len, radii)) > 4 else 0)
+    grid[0, 0].set_ylabel("mean δ* lies in the bar")
+    grid[0, 0].legend(fontsize="x-small", loc="upper left")
+    return figure
+
+
+def agreement_intervals(table: pd.DataFrame) -> Figure:
+    """`tables.agreement_intervals` as a picture: per ε and student a bar from the certified to the empirical value."""
+    radii, methods = list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table["method"]))
+    figure, axes = plt.subplots(figsize=(WIDTH, 2.9))
+    for shift, method in zip(np.linspace(-0.3, 0.3, len(methods)), methods, strict=True):
+        part, places = table[table["method"] == method], np.arange(len(radii)) + shift
+        axes.vlines(places, part["certified"], part["empirical"], color=COLOURS[method], lw=5, alpha=0.45)
+        look = {"color": COLOURS[method], "marker": MARKERS[method], "ls": "", "ms": 6}
+        axes.plot(places, part["certified"], label=method, **look)
+        axes.plot(places, part["empirical"], mfc="white", **look)
+    axes.set(xlabel="ε", ylabel="agreement with the teacher (%)", ylim=(-3, 103))
+    axes.set_xticks(range(len(radii)), radii)
+    axes.legend(title="certified (empirical: open)", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

@@ -80,6 +80,31 @@ def accuracies(robustness: pd.DataFrame) -> pd.DataFrame:
     return wide[["RT", *STUDENTS]].reset_index()
 
 
+def best(frame: pd.DataFrame) -> pd.DataFrame:
+    """Table 2's bracket beside ours: means of EmpLB, BestLB, BestUB and FaithUB per (dataset, eps, method).
+
+    `frame` is that of `experiment.best`. `closed`: the share (in %) of FaithUB − EmpLB, in the mean, by which BestUB
+    lies below FaithUB; what is left is BestUB − EmpLB, and PGD's share of it is unknown.
+    """
+    groups = frame.groupby(["dataset", "eps", "method"], sort=False)
+    means = groups[["EmpLB", "BestLB", "BestUB", "FaithUB"]].mean()
+    gap = means["FaithUB"] - means["EmpLB"]
+    means["closed"] = 100 * (means["FaithUB"] - means["BestUB"]) / gap.where(gap > 0)
+    means["images"] = groups.size()
+    return means.reset_index()
+
+
+def agreement_intervals(frame: pd.DataFrame) -> pd.DataFrame:
+    """Def. 3 between a certified and an empirical value, in %, per (dataset, eps, method).
+
+    `frame` is that of `experiment.best`. The agreement on its images, eqs (13) and (14), lies between the two.
+    """
+    groups = frame.groupby(["dataset", "eps", "method"], sort=False)
+    shares = 100 * groups[["agreement_certified", "agrees"]].mean()
+    shares = shares.set_axis(["certified", "empirical"], axis=1)
+    return shares.assign(images=groups.size()).reset_index()
+
+
 def beside_paper(ours: pd.DataFrame, name: str) -> pd.DataFrame:
     """`ours` with the paper's values in columns `<column>_paper`, matched on what names a row.
 
@@ -98,9 +123,11 @@ def is_papers(dataset: str) -> bool:
 def layout(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table for people: (text of the cells, which cells are the best of their group), paper's value in brackets.
 
-    `name` is "table1", "table2", "table3" or "table5"; `table` comes from the function of that name.
+    `name` is "table1", "table2", "table3", "table5", "best" or "agreement"; `table` comes from the function of that
+    name, or from `agreement_intervals`.
     """
-    return {"table1": _layout1, "table2": _layout2, "table3": _layout3, "table5": _layout5}[name](table)
+    layouts = {"table1": _layout1, "table2": _layout2, "table3": _layout3, "table5": _layout5}
+    return (layouts | {"best": _layout_best, "agreement": _layout_agreement})[name](table)
 
 
 def _cell(value: float, theirs: float, digits: int, spread: float | None = None) -> str:
@@ -156,6 +183,39 @@ def _layout3(table: pd.DataFrame):
     best = {("EmpLB", f"PGD-{c[3:]}"): (table[c] == lowest[c]).to_numpy() for c in columns}
     index = pd.Index([f"{e}  {m}" for e, m in zip(table["example"], table["method"], strict=True)], name="example")
     return _frames(cells, best, index)
+
+
+def _by_method(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """The rows by (eps, method), and both in their order."""
+    return table.set_index(["eps", "method"]), list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table["method"]))
+
+
+def _layout_best(table: pd.DataFrame):
+    """Our bracket, with the paper's EmpLB and FaithUB on the same images in brackets."""
+    rows, radii, methods = _by_method(table)
+    cells, best = {}, {}
+    for title, ours, theirs in (("δ* is at least", "BestLB", "EmpLB"), ("δ* is at most", "BestUB", "FaithUB")):
+        values = rows[ours].unstack().loc[radii]
+        for method in methods:
+            pairs = [rows.loc[(eps, method), [ours, theirs]] for eps in radii]
+            cells[title, method] = [f"{mine:.3f}\n[{other:.3f}]" for mine, other in pairs]
+            best[title, method] = (values[method] == values.min(axis=1)).to_numpy()
+    for method in methods:
+        closed = [rows.loc[(eps, method), "closed"] for eps in radii]
+        cells["gap closed (%)", method] = ["–" if pd.isna(value) else f"{value:.0f}" for value in closed]
+        best["gap closed (%)", method] = [False] * len(radii)
+    return _frames(cells, best, pd.Index(radii, name="ε"))
+
+
+def _layout_agreement(table: pd.DataFrame):
+    rows, radii, methods = _by_method(table)
+    cells, best, title = {}, {}, "agreement with RT on the ball (%)"
+    highest = rows["certified"].unstack().max(axis=1)
+    for method in methods:
+        ends = [rows.loc[(eps, method), ["certified", "empirical"]] for eps in radii]
+        cells[title, method] = [f"{low:.1f} … {high:.1f}" for low, high in ends]
+        best[title, method] = [low == highest[eps] for (low, _), eps in zip(ends, radii, strict=True)]
+    return _frames(cells, best, pd.Index(radii, name="ε"))
 
 
 def _frames(cells: dict, best: dict, index: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:

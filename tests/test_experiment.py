@@ -196,6 +196,63 @@ def test_table_5_names_alpha(p):
     assert table["alpha"].unique().tolist() == [float(a) for a in p.ablation.alpha]
 
 
+def best_frame() -> pd.DataFrame:
+    """Two images, ε and students, by hand."""
+    rows = [
+        # eps, method, EmpLB, FaithUB, BestLB, BestUB, agrees, agreement_certified
+        ("0.1", "SD", 0.1, 0.5, 0.1, 0.2, True, True),
+        ("0.1", "SD", 0.3, 0.9, 0.3, 0.5, True, False),
+        ("0.1", "FD", 0.2, 0.2, 0.2, 0.2, True, True),
+        ("0.1", "FD", 0.2, 0.2, 0.2, 0.2, True, True),
+        ("0.2", "SD", 0.4, 1.0, 0.5, 0.9, False, False),
+        ("0.2", "SD", 0.4, 1.0, 0.4, 0.8, True, False),
+        ("0.2", "FD", 0.1, 0.7, 0.2, 0.4, True, False),
+        ("0.2", "FD", 0.1, 0.9, 0.2, 0.4, True, True),
+    ]
+    columns = ["eps", "method", "EmpLB", "FaithUB", "BestLB", "BestUB", "agrees", "agreement_certified"]
+    return pd.DataFrame(rows, columns=columns).assign(dataset="digits", image=[5, 7] * 4, step="bab")
+
+
+def test_the_best_bounds_stand_beside_the_papers():
+    table = tables.best(best_frame())
+    assert table[["eps", "method"]].to_numpy().tolist() == [["0.1", "SD"], ["0.1", "FD"], ["0.2", "SD"], ["0.2", "FD"]]
+    assert table["BestUB"].tolist() == pytest.approx([0.35, 0.2, 0.85, 0.4])
+    closed = table["closed"].tolist()
+    assert closed[0] == pytest.approx(100 * 0.35 / 0.5) and closed[2:] == pytest.approx([25, 100 * 0.4 / 0.7])
+    assert pd.isna(closed[1]), "where there is no gap, no share of it is closed"
+    assert set(table["images"]) == {2}
+    cells, best = tables.layout(table, "best")
+    assert cells.loc["0.1", ("δ* is at most", "SD")] == "0.350\n[0.700]"
+    assert cells.loc["0.1", ("δ* is at least", "SD")] == "0.200\n[0.200]"
+    assert cells["gap closed (%)"].to_numpy().tolist() == [["70", "–"], ["25", "57"]]
+    assert best["δ* is at most"].to_numpy().tolist() == [[False, True], [False, True]]
+
+
+def test_agreement_lies_between_its_certified_and_its_empirical_value():
+    table = tables.agreement_intervals(best_frame())
+    assert table["certified"].tolist() == [50, 100, 0, 50] and table["empirical"].tolist() == [100, 100, 50, 100]
+    cells, best = tables.layout(table, "agreement")
+    assert cells.to_numpy().tolist() == [["50.0 … 100.0", "100.0 … 100.0"], ["0.0 … 50.0", "50.0 … 100.0"]]
+    assert best.to_numpy().tolist() == [[False, True], [False, True]]
+
+
+def test_figures_past_the_paper_draw_the_same_rows():
+    frame = best_frame()
+    table = tables.best(frame)
+    panels = figures.best_by_eps(table).axes
+    assert [axes.get_title() for axes in panels] == ["SD", "FD"]
+    theirs, ours = (lines.get_segments() for lines in panels[0].collections)
+    assert np.allclose([segment[:, 1] for segment in ours], [[0.2, 0.35], [0.45, 0.85]])
+    assert np.allclose([segment[:, 1] for segment in theirs], [[0.2, 0.7], [0.4, 1.0]])
+    (axes,) = figures.agreement_intervals(tables.agreement_intervals(frame)).axes
+    assert sorted(line[:, 1].tolist() for bars in axes.collections for line in bars.get_segments()) == sorted(
+        [[50, 100], [100, 100], [0, 50], [50, 100]]
+    )
+    (both,) = figures.brackets(frame[frame["method"] == "SD"], "two brackets").axes
+    (one,) = figures.brackets(frame[frame["method"] == "SD"].drop(columns=["BestLB", "BestUB"]), "one").axes
+    assert (len(both.collections), len(one.collections)) == (2, 1)
+
+
 def test_the_papers_values_stand_beside_ours_only_where_it_has_them():
     ours = paper.table("table1").query("dataset == 'mnist'").copy()
     both = tables.beside_paper(ours, "table1")

@@ -138,6 +138,7 @@ def loosest(root: Root, domains: Table, upper: Tensor, label: Tensor) -> tuple[T
     form, _ = pull(root.network, lines, row.unsqueeze(1), trace=trace)
     low, high = ball_of(root, domains["image"])
     _, scores, _ = loose_units(root, lines, {}, trace, torch.where(form[:, 0] > 0, high, low))
-    names = torch.tensor([(k, unit) for k in scores for unit in range(scores[k].shape[1])])
-    best, which = torch.cat(list(scores.values()), 1).max(1)
+    # an entry of score 0 first: for networks without any ReLU
+    names = torch.tensor([(0, 0)] + [(k, unit) for k in scores for unit in range(scores[k].shape[1])])
+    best, which = torch.cat([row.new_zeros(len(row), 1), *scores.values()], 1).max(1)
     return *names[which].unbind(1), best > 0

@@ -140,9 +140,9 @@ def inherit(roots: tuple[Root, Root], leaves: Leaves) -> Leaves:
 
 
 def gap(pair: tuple[Network, Network], x: Tensor) -> Tensor:
-    """||f_t(x) - f_s(x)||_inf of each image, eq. (8)."""
+    """||f_t(x) - f_s(x)||_inf of each image, eq. (8); 0, which is always attained, where logits overflow."""
     confidences = [torch.softmax(run(network, x), 1) for network in pair]
-    return (confidences[0] - confidences[1]).abs().amax(1)
+    return (confidences[0] - confidences[1]).abs().amax(1).nan_to_num(0.0)
 
 
 def descend(roots: tuple[Root, Root], domains: Table, rows: Table, steps: int) -> Table:
@@ -284,7 +284,8 @@ def decide(roots: tuple[Root, Root], domains: Table, rows: Table) -> tuple[Tenso
         slopes, push = joint.layers_of(scored, "slope", q), joint.pushes(scored, mine, q)
         form = form + pull(root.network, lines[q], logit_rows[q].unsqueeze(1), None, slopes, push, traces[q])[0]
     x = torch.where(form[:, 0] > 0, high, low)
-    names, scores, loose, ends = [], [], 0.0, []
+    # an entry of score 0 first: for pairs without any ReLU
+    names, scores, loose, ends = [(0, 0, 0)], [x.new_zeros(len(x), 1)], 0.0, []
     for q, root in enumerate(roots):
         gaps, score, logits = loose_units(root, lines[q], joint.layers_of(scored, "slope", q), traces[q], x)
         ends.append(logits)

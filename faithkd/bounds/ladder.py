@@ -266,7 +266,7 @@ def solved(networks: list[Climb], choices: Choices) -> tuple[list[Climb], list[l
         notes.append([] if all(images) else ["LP not tried: boxes not finite"])
         highest = [found[names[0]][n] for found in rungs]
         for name in names if all(images) else ():
-            highest, note = exact.climb(images, highest, choices.max_nodes if name == "milp" else 1)
+            highest, note = exact.climb(images, highest, choices.max_nodes if name == "milp" else 0)
             notes[-1] += [note] if note else []
             for found, mine in zip(rungs, highest, strict=True):
                 found[name][n] = mine
@@ -295,7 +295,8 @@ def attained(pair, box, x: Tensor, eps: float, clip, choices: Choices) -> tuple[
         generator=torch.Generator().manual_seed(choices.seed),
         clip=clip,
     )
-    witnesses = witnesses.double()
+    # the attack rounds its ball inwards in float32; in float64 its ends may lie half an ulp outside
+    witnesses = witnesses.double() if exact else branch.inside(witnesses, *box)
     return branch.gap(pair, witnesses), witnesses
 
 

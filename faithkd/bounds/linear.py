@@ -197,7 +197,7 @@ def pull(
 
     The form `row . z` is nowhere above the one returned on the boxes of `lines`, for any `slopes` of the units that
     are free: `(1 or N, R, *shapes[k])` by layer k, of a max-pool weights over its windows. `push`: forms added to the
-    rows at the input of ReLU layer k, `(N, R, *shapes[k])`; they must be >= 0 on the domain (branch and bound).
+    rows at the input of layer k, a ReLU or max-pool, `(N, R, *shapes[k])`; they must be >= 0 on the domain.
     `trace`: filled with the rows as they are at the output of each ReLU layer.
     `rows`: `(1 or N, R, *shapes[at])`. Returns `(N, R, *shapes[0])` and `(N, R)`.
     """
@@ -223,14 +223,14 @@ def pull(
             if line.noise is not None:
                 total = total - dot(negative, line.noise)
             rows = positive * line.above + negative * allowed(slopes.get(k), line)
-            if k in push:
-                rows = rows + push[k]
         else:
             rows = rows.flatten(3)
             total = total + dot(rows.clamp(min=0), line.shift)
             if line.noise is not None:
                 total = total - dot(rows.clamp(max=0), line.noise)
             rows = through_pool(layer, line, rows, slopes.get(k), shape)
+        if k in push:
+            rows = rows + push[k]
     return rows, total
 
 
