@@ -342,10 +342,7 @@ def brackets(part: pd.DataFrame, title: str) -> Figure:
         axes.plot(part.index, part[high], ".", color=UPPER, label=f"{high} ({certified})", **look)
         axes.plot(part.index, part[low], ".", color=LOWER, label=f"{low} ({found})", **look)
     axes.set(xlabel="test images, sorted by EmpLB", ylabel="δ* lies in the bar", ylim=(0, 1.02), title=title)
-    if len(ends) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    else:
-        axes.legend(loc="upper left")
+    axes.legend(loc="upper left", fontsize="small" if len(ends) > 1 else None)
     return figure
 
 

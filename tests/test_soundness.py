@@ -1,0 +1,300 @@
+"""The bounds past the paper are never below what can be reached, found by grids, attacks, enumeration or by design."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import pytest
+import soundness
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from soundness import case, convolutional, fully_connected, gap, points
+from test_bounds import attacked
+from torch import nn
+
+import faithkd.bounds
+from faithkd.bounds import (
+    agreement,
+    apart,
+    branch,
+    certified_agreement,
+    difference_bounds,
+    faithfulness_upper_bound,
+    joint,
+    ladder,
+    linear,
+    network,
+    softmax,
+    tree,
+)
+from faithkd.errors import FaithkdError
+
+MODULES = (agreement, apart, branch, joint, ladder, linear, network, softmax, tree)
+BEYOND = ("alpha-crown", "joint", "bab", "best")
+
+
+def bound(teacher, student, x, eps, method, nodes=12, **keywords):
+    """`faithfulness_upper_bound` with so few nodes that it is quick."""
+    return faithfulness_upper_bound(teacher, student, x, eps, method=method, nodes=nodes, **keywords)
+
+
+@pytest.mark.parametrize("check", soundness.CHECKS, ids=lambda check: check.__name__)
+def test_what_every_bound_must_satisfy(check):
+    assert all(vars(faithkd.bounds)[module.__name__.rpartition(".")[2]] is module for module in MODULES)
+    check(faithkd.bounds)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(1, 7), min_size=0, max_size=3),
+    st.lists(st.integers(1, 7), min_size=0, max_size=3),
+    st.sampled_from([0.05, 0.3, 1.0]),
+    st.sampled_from([0.5, 2.0, 4.0]),
+)
+def test_random_fully_connected_pairs_of_any_depth(seed, first, second, eps, factor):
+    teacher = fully_connected(3, *first, 3, seed=seed, factor=factor)
+    student = fully_connected(3, *second, 3, seed=seed + 1, factor=factor)
+    never_above(teacher, student, torch.randn(1, 3, dtype=torch.float64), eps)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.05, 0.2, 0.6]), st.sampled_from([1.0, 2.0]))
+def test_random_convolutional_pairs(seed, eps, factor):
+    teacher, student = convolutional(seed, factor)
+    never_above(teacher, student, torch.randn(1, 1, 4, 4, dtype=torch.float64), eps)
+
+
+def never_above(teacher, student, x, eps):
+    """Attack the pair: nothing that is reached may lie above any bound, and every bound is ordered."""
+    reached = attacked(lambda z: gap(teacher, student, z), x, eps)
+    found = {method: bound(teacher, student, x, eps, method) for method in ("alpha-crown", "joint", "bab")}
+    assert found["bab"].values <= found["joint"].values <= found["alpha-crown"].values <= 1
+    assert max(reached, found["bab"].lower.item()) <= found["bab"].values.item()
+    assert not (certified_agreement(teacher, student, x, eps).item() and disagree(teacher, student, x, eps))
+
+
+def disagree(teacher, student, x, eps):
+    """Whether different classes are found in the ball."""
+    z = points(x, eps, 2000)
+    return bool((teacher(z).argmax(1) != student(z).argmax(1)).any())
+
+
+def breakpoints(net, low, high):
+    """Ends of all intervals on which a network of one input is linear."""
+    ends = torch.tensor([low, high], dtype=torch.float64)
+    for k, layer in enumerate(net):
+        if isinstance(layer, nn.ReLU):
+            z = net[:k](ends[:, None])
+            left, right, cross = ends[:-1, None], ends[1:, None], z[:-1] * z[1:] < 0
+            zero = left + (right - left) * z[:-1] / (z[:-1] - z[1:])
+            ends = torch.cat([ends, zero[cross]]).sort().values
+    return ends
+
+
+@pytest.mark.parametrize(("seed", "left"), [(0, 0.12), (1, 0.01), (2, 0.01)])
+def test_one_input_enumerated(seed, left):
+    """Between neighbouring breakpoints both networks are linear: their largest difference is known to 1e-4.
+
+    `left`: how near to it the search comes; it need not end where all ReLUs of a part are settled.
+    """
+    pair = fully_connected(1, 5, 4, 3, seed=seed), fully_connected(1, 4, 3, seed=seed + 9)
+    ends = torch.cat([breakpoints(net, -1.5, 1.5) for net in pair]).sort().values
+    share = torch.linspace(0, 1, 301, dtype=torch.float64)
+    truth = gap(*pair, (ends[:-1, None] + share * ends.diff()[:, None]).view(-1, 1)).max().item()
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    for method in BEYOND:
+        found = bound(*pair, x, 1.5, method, nodes=200, tolerance=0.01)
+        assert truth <= found.values.item()
+        if method in ("bab", "best"):
+            assert found.values - truth <= left and found.lower <= truth + 1e-4
+            assert (found.status == ["certified"]) == (found.values - found.lower <= 0.01)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_differences_against_all_activation_patterns(seed):
+    """One hidden layer, two inputs: the largest z_j - z_i is at a corner of a cell, where two lines cross."""
+    net = fully_connected(2, 5, 3, seed=seed)
+    x, eps = torch.randn(1, 2, dtype=torch.float64), 0.7
+    sides = torch.eye(2, dtype=torch.float64).repeat(2, 1)
+    normals = torch.cat([net[0].weight.detach(), sides])
+    offsets = torch.cat([-net[0].bias.detach(), x[0] - eps, x[0] + eps])
+    pairs = [both for both in itertools.combinations(range(9), 2) if normals[list(both)].det().abs() > 1e-9]
+    corners = torch.stack([torch.linalg.solve(normals[list(both)], offsets[list(both)]) for both in pairs])
+    z = net(corners[((corners - x).abs() <= eps + 1e-9).all(1)]).detach()
+    exact = (z[:, None, :] - z[:, :, None]).amax(0)
+    highest = difference_bounds(net, x, eps, method="alpha-crown")[0]
+    assert (highest >= exact - 1e-8).all() and (highest <= exact + 3).all()
+    settled = difference_bounds(net, x, 1e-7, method="alpha-crown")[0]
+    assert (settled - (net(x)[0][None] - net(x)[0][:, None])).abs().max() < 1e-5
+
+
+def with_bump(net, at, width, height):
+    """The network plus a triangle of `height` on class 0, where the mean of the inputs is within `width` of `at`."""
+    inputs, hidden, classes = net[0].in_features, net[0].out_features, net[2].out_features
+    grown = nn.Sequential(nn.Linear(inputs, hidden + 3), nn.ReLU(), nn.Linear(hidden + 3, classes)).double()
+    with torch.no_grad():
+        grown[0].weight[:hidden], grown[0].bias[:hidden] = net[0].weight, net[0].bias
+        grown[0].weight[hidden:] = 1 / (width * inputs)
+        grown[0].bias[hidden:] = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64) - at / width
+        grown[2].weight[:, :hidden], grown[2].bias[:] = net[2].weight, net[2].bias
+        grown[2].weight[:, hidden:] = 0
+        grown[2].weight[0, hidden:] = height * torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
+    return grown
+
+
+def test_a_planted_bump_that_the_attack_misses():
+    """So narrow that no gradient leads there: the attack sees equal networks, the certificate must not."""
+    teacher = fully_connected(4, 5, 3)
+    x, eps, at = torch.zeros(1, 4, dtype=torch.float64), 0.5, 0.3137
+    student = with_bump(teacher, at, 1e-5, -12.0)
+    reached = gap(teacher, student, torch.full((1, 4), at, dtype=torch.float64)).item()
+    assert reached > 0.3 and disagree(teacher, student, x + at, 1e-7)
+    for method in BEYOND:
+        found = bound(teacher, student, x, eps, method, nodes=40)
+        assert found.values >= reached
+        if method == "best":
+            assert (
+                ladder.attained(
+                    network.prepare_pair(teacher, student, x),
+                    network.ball(x, eps),
+                    x,
+                    eps,
+                    None,
+                    ladder.Choices("best"),
+                )[0]
+                < 1e-6
+            )
+    assert not certified_agreement(teacher, student, x, eps)
+
+
+def test_a_planted_corner_flips_the_class_where_no_sample_goes():
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        teacher[2].bias += torch.tensor([6.0, 0.0])
+    student = with_bump(teacher, 1.0, 0.01, -40.0)
+    x, corner = torch.zeros(1, 8, dtype=torch.float64), torch.ones(1, 8, dtype=torch.float64)
+    assert not disagree(teacher, student, x, 0.98) and disagree(teacher, student, corner, 0)
+    assert certified_agreement(teacher, student, x, 0.9) and not certified_agreement(teacher, student, x, 1.0)
+    for method in BEYOND:
+        assert bound(teacher, student, x, 1.0, method).values >= gap(teacher, student, corner)
+        assert bound(teacher, student, x, 0.9, method).values < 0.05
+
+
+@pytest.mark.parametrize("kind", soundness.KINDS)
+def test_best_is_a_bracket(kind):
+    teacher, student, x, eps = case(kind)
+    before = bound(teacher, student, x, eps, "bab")
+    for radius in (0.0, eps):
+        found = bound(teacher, student, x, radius, "best")
+        exact = gap(teacher, student, x)
+        assert (found.lower <= found.values).all() and (found.lower >= exact - 1e-12).all()
+        assert (gap(teacher, student, found.witnesses) - found.lower).abs().max() < 1e-12
+        if not radius:
+            assert (found.values - exact).abs().max() < 1e-6
+    for n in range(len(x)):
+        reached = attacked(lambda z: gap(teacher, student, z), x[n : n + 1], eps)
+        assert reached <= found.values[n] and found.lower[n] >= reached - 0.02
+    assert (found.values <= faithfulness_upper_bound(teacher, student, x, eps, method="joint").values).all()
+    assert before.lower.shape == found.lower.shape and found.step[0] in ladder.LADDER["best"]
+
+
+@pytest.mark.parametrize("method", ["bab", "best"])
+def test_witnesses_lie_in_the_ball_to_the_last_bit(method):
+    """In rational numbers: also where float64 images have no float32, are large, or the ball is tiny."""
+    teacher, student = fully_connected(2, 5, 3), fully_connected(2, 4, 3, seed=1)
+    images = [[0.1, 1 / 3], [0.5, 0.25], [1e5 + 0.1, -1e-7], [0.7, 1.0]]
+    for eps in (0.1, 1e-3, 1e-15):
+        x = torch.tensor(images, dtype=torch.float64)
+        found = bound(teacher, student, x, eps, method)
+        for point, middle in zip(found.witnesses.flatten().tolist(), x.flatten().tolist(), strict=True):
+            assert abs(Fraction(point) - Fraction(middle)) <= Fraction(eps)
+        assert (gap(teacher, student, found.witnesses) - found.lower).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("method", BEYOND)
+def test_bounds_grow_with_the_ball(method):
+    teacher, student, x, _ = case("fully connected", 3)
+    series = [bound(teacher, student, x, eps, method, nodes=30).values for eps in (0, 0.05, 0.2, 0.6, 2.0)]
+    assert all((a <= b).all() for a, b in itertools.pairwise(series))
+
+
+@pytest.mark.parametrize("kind", soundness.KINDS)
+@pytest.mark.parametrize("method", ["alpha-crown", "joint", "bab"])
+def test_a_batch_is_its_images(kind, method):
+    teacher, student, x, eps = case(kind, 1)
+    x = torch.cat([x, x + 0.3, x.flip(0) - 1])
+    found = bound(teacher, student, x, eps / 2, method)
+    for n in range(len(x)):
+        one = bound(teacher, student, x[n : n + 1], eps / 2, method)
+        assert one.values.item() == pytest.approx(found.values[n].item(), abs=1e-9)
+        assert one.status == found.status[n : n + 1]
+        if method == "bab":
+            assert one.nodes == found.nodes[n] and one.lower.item() == pytest.approx(found.lower[n].item(), abs=1e-9)
+    claims = certified_agreement(teacher, student, x, eps / 4)
+    assert claims.tolist() == [certified_agreement(teacher, student, one[None], eps / 4).item() for one in x]
+
+
+def test_processes_change_nothing():
+    teacher, student, x, eps = case("fully connected", 2)
+    clip = (x.clone() - 0.3, torch.full((1,), 9.0))
+    alone, apart_ = (bound(teacher, student, x, eps, "best", nodes=8, jobs=jobs, clip=clip) for jobs in (1, 2))
+    for name in ("values", "lower", "witnesses"):
+        assert torch.allclose(getattr(alone, name), getattr(apart_, name), atol=1e-9, rtol=0)
+    assert alone.status == apart_.status and alone.nodes.tolist() == apart_.nodes.tolist()
+
+
+@pytest.mark.parametrize("method", BEYOND)
+def test_clip_cuts_the_ball(method):
+    teacher, student = fully_connected(2, 6, 4, 3), fully_connected(2, 4, 3, seed=1)
+    x, clip = torch.tensor([[0.0, 1.0 + 1e-7], [0.9, 0.5]], dtype=torch.float64), (torch.zeros(1), torch.ones(2))
+    free, cut = (bound(teacher, student, x, 0.8, method, clip=choice) for choice in (None, clip))
+    for n in range(2):
+        valid = gap(teacher, student, points(x[n : n + 1], 0.8).clamp(0, 1)).max()
+        assert valid <= cut.values[n] and cut.values[n] < free.values[n]
+    if cut.lower is not None:
+        assert (cut.witnesses >= 0).all() and (cut.witnesses <= 1 + 1e-7).all()
+    claims = certified_agreement(teacher, student, x, 0.2, clip=clip)
+    assert (claims | ~certified_agreement(teacher, student, x, 0.2)).all()
+
+
+@pytest.mark.parametrize("method", BEYOND)
+def test_weights_that_are_no_numbers_or_too_large(method):
+    good, bad, wild = fully_connected(2, 4, 3), fully_connected(2, 4, 3), fully_connected(2, *[9] * 12, 3, factor=1e30)
+    x = torch.randn(2, 2)
+    for value in (math.nan, math.inf):
+        bad[2].weight.data[0, 0] = value
+        for pair in ((good, bad), (bad, good)):
+            with pytest.raises(FaithkdError, match="layer 2: the weight holds NaN or infinity"):
+                bound(*pair, x, 0.1, method)
+            with pytest.raises(FaithkdError, match="layer 2: the weight holds NaN or infinity"):
+                certified_agreement(*pair, x, 0.1)
+    found = bound(good, wild, x, 0.1, method)
+    assert found.values.tolist() == [1, 1] and found.status == [ladder.NOT_FINITE] * 2
+    assert found.lower is None or (found.lower >= 0).all() and (found.lower <= 1).all()
+    assert not certified_agreement(good, wild, x, 0.1).any()
+    for factor in (1e3, 1e6, 1e12):  # steps rather than slopes, but numbers still
+        steep = fully_connected(2, 5, 4, 3, factor=factor)
+        found = bound(good, steep, x, 0.3, method)
+        for n in range(2):
+            assert gap(good, steep, points(x[n : n + 1], 0.3)).max() <= found.values[n] <= 1
+
+
+def test_no_time_at_all_still_gives_a_bound():
+    teacher, student, x, eps = case("fully connected")
+    found = faithfulness_upper_bound(teacher, student, x, eps, method="bab", budget=0.0)
+    first = faithfulness_upper_bound(teacher, student, x, eps, method="joint")
+    assert torch.equal(found.values, first.values) and found.nodes.tolist() == [0, 0]
+    assert found.status == ["stopped at 0 nodes"] * 2
+
+
+def test_identical_networks_differ_by_nothing():
+    """The joint rows see that both are one network as far as their relaxations go; every method sees it at eps 0."""
+    net, x = fully_connected(2, 5, 3), torch.randn(3, 2)
+    assert (bound(net, net, x, 0.0, "joint").values < 1e-6).all()
+    small = bound(net, net, x, 0.01, "joint").values
+    assert (small < 0.2 * bound(net, net, x, 0.01, "alpha-crown").values + 1e-9).all()
+    sure = (net(x.double()).topk(2).values.diff(dim=1).abs() > 1.0)[:, 0]
+    assert certified_agreement(net, net, x, 0.01)[sure].all()
