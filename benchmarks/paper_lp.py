@@ -32,7 +32,7 @@ def upper_bound(teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: 
     x = check_images(x)
     pair = prepare_pair(teacher, student, x)
     lower, upper = ball(x, eps, clip)
-    highest = [network_differences(network, crown(network, lower, upper)) for network in pair]
+    highest = [network_differences(network, crown(network, lower, upper)[0]) for network in pair]
     return pair_bound(*highest)
 
 
