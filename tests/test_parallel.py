@@ -27,8 +27,7 @@ def own_settings(monkeypatch, tmp_path):
     for name in ("FAITHKD_JOBS", "FAITHKD_CLUSTER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FAITHKD_STORE", str(tmp_path / "store"))
-    monkeypatch.setattr(parallel, "SAMPLE", 0.0)
-    monkeypatch.setattr(parallel, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(parallel.run, "__defaults__", (None, 0.0))
     monkeypatch.setattr(experiment, "PIECE", {"crown": 5})
 
 
@@ -106,7 +105,7 @@ def test_one_job_and_little_work_stay_in_this_process(monkeypatch):
     assert list(parallel.run([os.getpid] * 2)) == here
     monkeypatch.setenv("FAITHKD_JOBS", "2")
     assert os.getpid() not in dict(parallel.run([os.getpid] * 2)).values()
-    monkeypatch.setattr(parallel, "SAMPLE", 1.0)
+    monkeypatch.setattr(parallel.run, "__defaults__", (None, parallel.SAMPLE))
     assert list(parallel.run([os.getpid] * 2)) == here
 
 
@@ -167,7 +166,7 @@ def slow(*arguments):
     return real(*arguments)
 if __name__ == "__main__":
     experiment._upper_bound, experiment.PIECE = slow, {"crown": 5}
-    parallel.SAMPLE = parallel.WORTHWHILE = 0.0
+    parallel.run.__defaults__ = (None, 0.0)
     test_parallel.sweep()
 """
 
