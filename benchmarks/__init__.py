@@ -1,1 +1,1 @@
-"""Measurements of the bounds: `python -m benchmarks.bounds`, `python -m benchmarks.violations`; see README.md here."""
+"""Measurements: `python -m benchmarks.bounds`, `python -m benchmarks.violations`, `python -m benchmarks.attacks`."""

@@ -91,9 +91,11 @@ def summary(values: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(parts)
 
 
-def provenance(p: Params) -> dict:
+PACKAGES = ("faithkd", "torch", "numpy", "cvxpy", "highspy", "gurobipy", "auto_LiRPA")
+
+
+def provenance(p: Params, packages: tuple[str, ...] = PACKAGES) -> dict:
     """What the numbers rest on, without anything that names a machine or a person."""
-    packages = ("faithkd", "torch", "numpy", "cvxpy", "highspy", "gurobipy", "auto_LiRPA")
     return {
         "profile": p.profile,
         "overrides": {name: str(value) for name, value in p.overrides.items()},

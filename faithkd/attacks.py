@@ -28,6 +28,14 @@ def random_start(lower: torch.Tensor, upper: torch.Tensor, generator: torch.Gene
     return torch.clamp(lower + share * (upper - lower), lower, upper)
 
 
+def step(
+    z: torch.Tensor, gradient: torch.Tensor, size: float, lower: torch.Tensor, upper: torch.Tensor
+) -> torch.Tensor:
+    """One step of projected gradient ascent, Π_S(z + η sgn ∇L(z)), eq. (2), in as little new memory as can be."""
+    moved = gradient.sign().mul_(size).add_(z)
+    return torch.clamp(moved, lower, upper, out=moved)
+
+
 @torch.enable_grad()  # also where the caller has switched gradients off
 def ascend(
     objective: Callable[[torch.Tensor], torch.Tensor],
@@ -51,7 +59,7 @@ def ascend(
     for _ in range(steps):
         z.requires_grad_(True)
         (gradient,) = torch.autograd.grad(objective(z).sum(), z)
-        z = torch.clamp(z.detach().add_(gradient.sign(), alpha=step_size), lower, upper)
+        z = step(z.detach(), gradient, step_size, lower, upper)
     return z
 
 
@@ -77,13 +85,14 @@ def search(
     best, best_score = x.clone(), objective(x)[1].detach()
     for _ in range(restarts):
         z = random_start(lower, upper, generator)
-        for step in range(steps + 1):
-            z.requires_grad_(step < steps)
+        for number in range(steps + 1):
+            z.requires_grad_(number < steps)
             loss, score = objective(z)
             score, point = score.detach(), z.detach()
             better = score > best_score
-            best[better], best_score[better] = point[better], score[better]
-            if step < steps:
+            best_score = torch.where(better, score, best_score)
+            best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), point, best)
+            if number < steps:
                 (gradient,) = torch.autograd.grad(loss.sum(), z)
-                z = torch.clamp(point + step_size * gradient.sign(), lower, upper)
+                z = step(point, gradient, step_size, lower, upper)
     return best, best_score

@@ -42,6 +42,16 @@ def reseeded(p: Params, add: int) -> Params:
     return p.model_copy(update={"seed": p.seed + add})
 
 
+def repeats(p: Params) -> list[Params]:
+    """The parameters of each repeat: `p.repeats` seeds from `p.seed` on, networks and test subset anew."""
+    return [reseeded(p, add) for add in range(p.repeats)]
+
+
+def over_seeds(p: Params, measure: Callable[..., pd.DataFrame], **options) -> pd.DataFrame:
+    """What `measure` (robustness, faithfulness, pgd_steps, accuracy) gives for each repeat, with a column `seed`."""
+    return pd.concat([measure(q, **options).assign(seed=q.seed) for q in repeats(p)], ignore_index=True)
+
+
 def device(p: Params) -> str:
     """Where to train: `p.device`, with "auto" a GPU where there is one, else the CPU."""
     return p.device if p.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,6 +118,15 @@ def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequ
     }
     name = f"{p.data.name}-{_label(method, alpha)}-seed{p.seed}"
     return store.network("network", depends, build, make, name=name)
+
+
+def accuracy(p: Params) -> pd.DataFrame:
+    """Clean accuracies in % on the *whole* test set, as §6 has them: one row with `dataset`, RT and the students."""
+    images = data.test(p)
+    networks = {"RT": teacher(p)} | {method: student(p, method) for method in STUDENTS}
+    right = {method: evaluation.predictions(network, images.x) == images.y for method, network in networks.items()}
+    shares = {method: 100 * float(hits.double().mean()) for method, hits in right.items()}
+    return pd.DataFrame([{"dataset": p.data.name, **shares}])
 
 
 def robustness(p: Params) -> pd.DataFrame:
@@ -251,6 +270,54 @@ def pgd_steps(p: Params) -> pd.DataFrame:
     return pd.concat(named, ignore_index=True)
 
 
+def auto_attack(p: Params) -> pd.DataFrame:
+    """Robust accuracy at the radius of training by two attacks, on the first `evaluate.autoattack.images` test images.
+
+    One row per (dataset, method, image), method RT included: whether PGD (eq. 2), AutoAttack and both find nothing.
+    """
+    count, eps = min(p.evaluate.autoattack.images, p.data.test_images), p.train.attack.eps
+    images = _owned(data.test_subset(p)[torch.arange(count)])
+    networks = {"RT": teacher(p)} | {method: student(p, method) for method in STUDENTS}
+    settings = {"restarts": 1, "version": p.evaluate.autoattack.version}
+    tasks = [
+        _Task("auto_attack", _depends(p, images, float(eps), network) | settings, _auto_attack, (p, images, network))
+        for network in networks.values()
+    ]
+    parts = _tables(tasks, f"{p.profile}: AutoAttack")
+    named = [_named(p, part, images, method=m, eps=str(eps)) for m, part in zip(networks, parts, strict=True)]
+    return pd.concat(named, ignore_index=True)
+
+
+def strong(p: Params) -> pd.DataFrame:
+    """EmpLB beside a wider search, StrongLB, on the first `evaluate.strong.images` test images, for every ε.
+
+    One row per (dataset, eps, method, image), with FaithUB; EmpLB ≤ StrongLB ≤ FaithUB is checked. As any point found
+    counts, StrongLB includes what PGD found in `faithfulness`.
+    """
+    count = min(p.evaluate.strong.images, p.data.test_images)
+    images, guide = _owned(data.test_subset(p)[torch.arange(count)]), teacher(p)
+    networks = {method: student(p, method) for method in STUDENTS}
+    work = [(eps, method) for eps in p.evaluate.eps for method in networks]
+    effort = p.evaluate.strong.model_dump(mode="json", include={"classes", "restarts"})
+    tasks = [
+        _Task(
+            "strong",
+            _depends(p, images, float(eps), guide, networks[method]) | effort,
+            _strong,
+            (p, guide, networks[method], images, float(eps), effort),
+        )
+        for eps, method in work
+    ]
+    parts = _tables(tasks, f"{p.profile}: EmpLB by a wider search")
+    named = [_named(p, part, images, eps=str(e), method=m) for (e, m), part in zip(work, parts, strict=True)]
+    wide = faithfulness(p).set_index(["eps", "method", "image"])[["EmpLB", "FaithUB"]]
+    frame = pd.concat(named, ignore_index=True).join(wide, on=["eps", "method", "image"])
+    frame["StrongLB"] = frame[["EmpLB", "StrongLB"]].max(axis=1)
+    if not (frame["StrongLB"] <= frame["FaithUB"] + 1e-12).all():
+        raise AssertionError(f"StrongLB > FaithUB: a bound is wrong, please report it\n{frame}")
+    return frame
+
+
 def heat_map(p: Params) -> tuple[pd.DataFrame, dict]:
     """Fig. 1: ‖f_RT − f_s‖∞ for SD and FD on a square through an image x and two corners x₁, x₂ of its ball.
 
@@ -354,6 +421,19 @@ def _robustness(p: Params, images: Split, eps: float, guide, network) -> pd.Data
     robust = evaluation.robust(network, images.x, images.y, eps, **options).holds
     agrees = evaluation.agreement(guide, network, images.x, eps, **options).holds
     return pd.DataFrame({"robust": robust.numpy(), "agrees": agrees.numpy()})
+
+
+def _auto_attack(p: Params, images: Split, network) -> pd.DataFrame:
+    eps, options = float(p.train.attack.eps), {"seed": p.seed, "clip": data.clip_range(p)}
+    pgd = evaluation.robust(network, images.x, images.y, eps, **_attack_options(p)).holds
+    version = p.evaluate.autoattack.version
+    auto = evaluation.auto_attack(network, images.x, images.y, eps, version=version, **options).holds
+    return pd.DataFrame({"PGD": pgd.numpy(), "AutoAttack": auto.numpy(), "both": (pgd & auto).numpy()})
+
+
+def _strong(p: Params, guide, network, images: Split, eps: float, effort: dict) -> pd.DataFrame:
+    found = evaluation.strong_lower_bound(guide, network, images.x, eps, **_attack_options(p), **effort)
+    return pd.DataFrame({"StrongLB": found.values.numpy()})
 
 
 def _upper_bound(p: Params, guide, network, images: Split, eps: float) -> pd.DataFrame:

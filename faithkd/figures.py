@@ -79,8 +79,8 @@ def _announce(paths: list[Path]) -> None:
 def save_table(p: Params, name: str, table: pd.DataFrame, caption: str):
     """Save a table of the paper (CSV, and a picture of it as PDF and PNG) and return it styled for the notebook.
 
-    `name` is table1, table2, table3, table5, or past the paper best or agreement. Our value stands first, the paper's
-    in brackets where it has one; the best student of a row is bold.
+    `name` is table1, table2, table3, table5, claims, or past the paper best, agreement, autoattack or strong. Our value
+    stands first, the paper's in brackets where it has one; the best student of a row is bold, in claims what holds.
     """
     cells, best = tables.layout(table, name)
     figure = _picture(cells, best, caption)
@@ -376,4 +376,90 @@ def agreement_intervals(table: pd.DataFrame) -> Figure:
     axes.set(xlabel="ε", ylabel="agreement with the teacher (%)", ylim=(-3, 103))
     axes.set_xticks(range(len(radii)), radii)
     axes.legend(title="certified (empirical: open)", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def beside_paper(cells: pd.DataFrame) -> Figure:
+    """`ledger.cells` as a picture: a panel for each measure of Tables 1, 2 and 5, at each ε the methods side by side.
+
+    Ours is a dot with the 95 % prediction interval for one more run, the paper's a dash, red where it lies outside.
+    """
+    shown = cells[cells["table"].isin(["table1", "table2", "table5"]) & ~cells["measure"].str.startswith("std")]
+    panels = list(shown.groupby(["table", "measure"], sort=False))
+    rows = -(-len(panels) // 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(WIDTH, 2.8 * rows + 0.4), squeeze=False)
+    for axes, ((table, measure), part) in zip(grid.flat, panels, strict=False):
+        _beside_paper(axes, part.reset_index(drop=True), table == "table5")
+        percent = (part["unit"] == "%").all()
+        axes.set_title(f"Table {table[-1]}: {measure}" + (" (%)" if percent else ""))
+    found = [axes.get_legend_handles_labels() for axes in grid.flat]
+    handles = {label: handle for pair in found for handle, label in zip(*pair, strict=True) if label != "paper"}
+    handles["paper"] = found[0][0][-1]
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles), fontsize="small")
+    return figure
+
+
+def _beside_paper(axes, part: pd.DataFrame, by_alpha: bool) -> None:
+    radii, methods = list(dict.fromkeys(part["eps"])), list(dict.fromkeys(part["method"]))
+    methods = sorted(methods) if by_alpha else methods
+    shades = dict(zip(methods, sns.color_palette("flare", len(methods)), strict=True)) if by_alpha else COLOURS
+    places = part["eps"].map(radii.index) + part["method"].map(dict(zip(methods, _spread(len(methods)), strict=True)))
+    for method in methods:
+        at = part["method"] == method
+        look = {"color": shades[method], "marker": MARKERS.get(method, "o"), "ms": 5, "ls": ""}
+        axes.vlines(places[at], part["least"][at], part["most"][at], color=shades[method], lw=4, alpha=0.3)
+        axes.plot(places[at], part["ours"][at], label=method, **look)
+    outside = part["verdict"].isin(["above", "below"])
+    for at, colour, label in ((outside, "red", None), (~outside, "black", "paper")):
+        axes.plot(places[at], part["paper"][at], "_", ms=9, mew=1.6, color=colour, label=label, zorder=4)
+    low, high = part[["paper", "ours"]].min(axis=None), part[["paper", "ours"]].max(axis=None)
+    edge = 0.12 * (high - low)  # a wide interval may leave the panel: the values stay readable
+    axes.set(xlabel="ε", ylim=(low - edge, high + edge))
+    axes.set_xticks(range(len(radii)), radii)
+
+
+def _spread(count: int) -> np.ndarray:
+    return np.linspace(-0.3, 0.3, count)
+
+
+def strong(frame: pd.DataFrame) -> Figure:
+    """`experiment.strong` at one ε: each image's EmpLB against what a wider search found, a panel per student."""
+    methods = [m for m in STUDENTS if m in set(frame["method"])]
+    figure, grid = plt.subplots(1, len(methods), figsize=(WIDTH, 2.6), sharex=True, sharey=True, squeeze=False)
+    for axes, method in zip(grid[0], methods, strict=True):
+        part = frame[frame["method"] == method]
+        axes.plot([0, 1], [0, 1], color="0.7", lw=1, zorder=1)
+        axes.vlines(part["EmpLB"], part["EmpLB"], part["StrongLB"], color=COLOURS[method], lw=0.8, alpha=0.5)
+        axes.plot(part["EmpLB"], part["StrongLB"], ".", color=COLOURS[method], ms=5)
+        axes.set(title=method, xlabel="EmpLB", xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
+    grid[0, 0].set_ylabel("by a wider search")
+    return figure
+
+
+def reliability(diagrams: pd.DataFrame) -> Figure:
+    """Reliability diagrams: accuracy against confidence by bin, a row of panels per `points`, a column per `network`.
+
+    `diagrams` holds `calibration.reliability` of each with `points`, `network` and its `ece`. A dot's area grows with
+    the images in its bin; on the diagonal a network is as often right as it says.
+    """
+    rows, networks = list(dict.fromkeys(diagrams["points"])), list(dict.fromkeys(diagrams["network"]))
+    size = (WIDTH, 1.95 * len(rows) + 0.4)
+    figure, grid = plt.subplots(len(rows), len(networks), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for line, points in zip(grid, rows, strict=True):
+        for axes, network in zip(line, networks, strict=True):
+            part = diagrams[(diagrams["points"] == points) & (diagrams["network"] == network)]
+            colour, share = COLOURS[network], part["images"] / part["images"].sum()
+            axes.plot([0, 1], [0, 1], color="0.7", lw=1, zorder=1)
+            axes.vlines(part["confidence"], part["confidence"], part["accuracy"], color=colour, lw=1, alpha=0.6)
+            look = {"color": colour, "alpha": 0.75, "lw": 0, "clip_on": False, "zorder": 3}
+            axes.scatter(part["confidence"], part["accuracy"], 6 + 180 * share, **look)
+            axes.text(1.02, -0.01, f"ECE {part['ece'].iloc[0]:.3f}", ha="right", va="bottom", fontsize="x-small")
+            axes.set(xlim=(0, 1.04), ylim=(-0.04, 1.06), aspect="equal")
+            axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+            axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
+        line[0].set_ylabel(f"{points}\naccuracy")
+    for axes, network in zip(grid[0], networks, strict=True):
+        axes.set_title(network)
+    for axes in grid[-1]:
+        axes.set_xlabel("confidence")
     return figure

@@ -194,9 +194,10 @@ def refresh(names: list[str], report=print) -> None:
         unfinished = path.with_suffix(".part")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
-    front = paths.ROOT / "README.md"
-    if front.is_file():
-        front.write_text(readme(front.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, renew in (("README.md", readme), ("PAPER.md", paper_page)):
+        page = paths.ROOT / name
+        if page.is_file():
+            page.write_text(renew(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def normalise(notebook, stem: str, stamp: str):
@@ -259,7 +260,7 @@ def _normal_text(text: str) -> str:
     return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", "\n".join(lines))
 
 
-# --- the README's two tables, generated
+# --- the generated parts of README.md and PAPER.md
 
 
 def readme(text: str) -> str:
@@ -305,3 +306,104 @@ def _expectations() -> list[str]:
             f"FD at ε = {eps}: mean EmpLB {mean['EmpLB']:.3f}, mean FaithUB {mean['FaithUB']:.3f} |\n"
         )
     return rows
+
+
+def paper_page(text: str) -> str:
+    """PAPER.md with its block `ledger` made anew: what the committed figures say of the paper's claims and numbers."""
+    block = re.compile(r"(<!-- ledger: [^\n]*-->\n).*?(?=<!-- end of ledger -->)", re.DOTALL)
+    text, found = block.subn(lambda match: match[1] + "\n".join([*_claims(), "", *_numbers(), ""]), text)
+    if found != 1:
+        raise NotebookError("PAPER.md must hold one block `<!-- ledger: … -->` up to `<!-- end of ledger -->`")
+    return text
+
+
+def _committed(name: str) -> dict:
+    """figures/<profile>/<name>.csv as a DataFrame for every profile that has one, without overrides."""
+    import pandas as pd
+
+    files = sorted((paths.ROOT / "figures").glob(f"*/{name}.csv"))
+    files = [file for file in files if (paths.ROOT / "params" / f"{file.parent.name}.yaml").is_file()]
+    return {file.parent.name: pd.read_csv(file, dtype={"eps": str}) for file in files}
+
+
+def _claims() -> list[str]:
+    """A row for each claim, a column for each profile: the verdict and at how many radii the claim holds."""
+    found = _committed("claims")
+    texts: dict[str, list[str]] = {}
+    cells = {}
+    for profile, table in found.items():
+        for claim, part in table.groupby("claim"):
+            texts.setdefault(claim, []).append(part["text"].iloc[0])
+            count = f"{(part['holds'] == 'yes').sum()} of {len(part)} ε"
+            cells[claim, profile] = f"{part['verdict'].iloc[0]} ({count})"
+    heads = [
+        f"`{name}`, {_seeds(table)}" + ("" if table["claimed"].all() else ", illustration")
+        for name, table in found.items()
+    ]
+    lines = [_row(["claim", *heads]), "|---" * (len(heads) + 1) + "|"]
+    for claim in sorted(texts):
+        title = f"{claim}: {' / '.join(dict.fromkeys(texts[claim]))}"
+        lines.append(_row([title, *(cells.get((claim, profile), "") for profile in found)]))
+    return lines
+
+
+def _numbers() -> list[str]:
+    """How the cells of each table compare, then the rows that say most, ours ± half the interval [the paper's]."""
+    from faithkd import ledger
+
+    found = _committed("ledger")
+    if not found:
+        return ["No data set of the paper has been run to `figures/` yet, so no number stands beside the paper's here."]
+    lines = [_row(["profile", "cells of", *("cells", *ledger.VERDICTS), "mean difference"]), "|---" * 8 + "|"]
+    for profile, table in found.items():
+        for row in ledger.summary(table).to_dict("records"):
+            off = f"{row['off']:.1f} " + ("points" if row["unit"] == "%" else "%")
+            lines.append(
+                _row(
+                    [
+                        f"`{profile}`",
+                        f"{row['table']}: {row['measure']}",
+                        *(row[n] for n in ("cells", *ledger.VERDICTS)),
+                        off,
+                    ]
+                )
+            )
+    methods = ("RT", "SD", "ARD", "RSLAD", "FD")
+    lines += ["", _row(["profile, seeds", "ours ± 95 % of the mean [paper]", *methods]), "|---" * 7 + "|"]
+    for profile, table in found.items():
+        for title, part in _key_rows(table):
+            values = {row["method"]: _beside(row) for row in part.to_dict("records")}
+            lines.append(
+                _row([f"`{profile}`, {_seeds(table)}", title, *(values.get(method, "–") for method in methods)])
+            )
+    return lines
+
+
+def _key_rows(table):
+    """The clean accuracies, Table 1 at the largest and Table 2 at the middle radius: yield (title, rows)."""
+    radii = list(dict.fromkeys(table[table["table"] == "table2"]["eps"]))
+    wanted = [
+        ("accuracy", "accuracy", "0"),
+        ("table1", "robust accuracy", radii[-1]),
+        ("table1", "agreement", radii[-1]),
+    ]
+    wanted += [("table2", bound, radii[len(radii) // 2]) for bound in ("EmpLB", "FaithUB")]
+    for name, measure, eps in wanted:
+        part = table[(table["table"] == name) & (table["measure"] == measure) & (table["eps"] == eps)]
+        yield f"{measure}{' (%)' if name != 'table2' else ''} at ε = {eps}", part
+
+
+def _beside(row: dict) -> str:
+    digits = 1 if row["unit"] == "%" else 3
+    half = (row["high"] - row["low"]) / 2
+    interval = f" ±{half:.{digits}f}" if half == half else ""  # one seed has none
+    return f"{row['ours']:.{digits}f}{interval} [{row['paper']:.{digits}f}]"
+
+
+def _seeds(table) -> str:
+    count = table["seeds"].max()
+    return f"{count} seed{'s' if count != 1 else ''}"
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"

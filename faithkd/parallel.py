@@ -62,13 +62,15 @@ def check() -> None:
 
 
 def run(
-    calls: Sequence[Callable[[], object]], count: int | None = None, sample: float = SAMPLE
+    calls: Sequence[Callable[[], object]], count: int | None = None, sample: float | None = None
 ) -> Iterator[tuple[int, object]]:
     """Yield the place and the result of every call, each as soon as it is finished, in whatever order that is.
 
     `calls` must be picklable, as functools.partial of a module's function is. An error of a call ends the run.
-    `count` replaces `jobs()`. `sample`: seconds spent on the first calls here; 0 to start processes at once.
+    `count` replaces `jobs()`. `sample`: seconds spent on the first calls here (without: SAMPLE); 0 to start processes
+    at once.
     """
+    sample = SAMPLE if sample is None else sample
     count, address, left = count or jobs(), cluster(), list(enumerate(calls))
     done, spent = 0, 0.0
     while left and not address:

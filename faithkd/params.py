@@ -181,6 +181,21 @@ class Figure1(Group):
     points: Annotated[int, Field(strict=True, ge=2)]
 
 
+class AutoAttack(Group):
+    """Robust accuracy by AutoAttack, at the eps of training."""
+
+    version: Literal["standard", "plus"]
+    images: Count
+
+
+class Strong(Group):
+    """EmpLB by a wider search: on how many images, classes a network leads with, restarts of each loss."""
+
+    images: Count
+    classes: Count
+    restarts: Count
+
+
 class Evaluate(Group):
     """Attacks on trained networks: robust accuracy, agreement and EmpLB."""
 
@@ -191,6 +206,8 @@ class Evaluate(Group):
     histograms: dict[Literal["fig2", "fig3"], Whole]
     table3: Table3
     figure1: Figure1
+    autoattack: AutoAttack
+    strong: Strong
 
 
 class Bounds(Group):
@@ -217,6 +234,7 @@ class Params(Group):
     profile: str
     overrides: dict
     seed: Whole
+    repeats: Count
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     data: Data
     models: Models

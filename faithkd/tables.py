@@ -105,6 +105,29 @@ def agreement_intervals(frame: pd.DataFrame) -> pd.DataFrame:
     return shares.assign(images=groups.size()).reset_index()
 
 
+def auto_attack(frame: pd.DataFrame) -> pd.DataFrame:
+    """Robust accuracy in % by PGD, AutoAttack and both together (the worst case per image), a row per network.
+
+    `frame` is that of `experiment.auto_attack`. `missed`: images on which PGD fails and AutoAttack does not.
+    """
+    groups = frame.groupby(["dataset", "eps", "method"], sort=False)
+    shares = 100 * groups[["PGD", "AutoAttack", "both"]].mean()
+    missed = groups.apply(lambda part: int((part["PGD"] & ~part["AutoAttack"]).sum()))
+    return shares.assign(missed=missed, images=groups.size()).reset_index()
+
+
+def strong(frame: pd.DataFrame) -> pd.DataFrame:
+    """By how much a wider search raises EmpLB, per (dataset, eps, method); `frame` is that of `experiment.strong`.
+
+    `raised`: the share of images, in %, on which StrongLB − EmpLB exceeds 0.01.
+    """
+    gains = frame.assign(gain=frame["StrongLB"] - frame["EmpLB"])
+    groups = gains.assign(raised=100.0 * (gains["gain"] > 0.01)).groupby(["dataset", "eps", "method"], sort=False)
+    columns = {"EmpLB": ("EmpLB", "mean"), "StrongLB": ("StrongLB", "mean"), "mean": ("gain", "mean")}
+    columns |= {"largest": ("gain", "max"), "raised": ("raised", "mean"), "images": ("gain", "size")}
+    return groups.agg(**columns).reset_index()
+
+
 def beside_paper(ours: pd.DataFrame, name: str) -> pd.DataFrame:
     """`ours` with the paper's values in columns `<column>_paper`, matched on what names a row.
 
@@ -123,11 +146,13 @@ def is_papers(dataset: str) -> bool:
 def layout(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table for people: (text of the cells, which cells are the best of their group), paper's value in brackets.
 
-    `name` is "table1", "table2", "table3", "table5", "best" or "agreement"; `table` comes from the function of that
-    name, or from `agreement_intervals`.
+    `name` is "table1", "table2", "table3", "table5", "best", "agreement", "claims", "autoattack" or "strong"; `table`
+    comes from the function of that name, from `agreement_intervals`, `auto_attack` or `ledger.claims`.
     """
     layouts = {"table1": _layout1, "table2": _layout2, "table3": _layout3, "table5": _layout5}
-    return (layouts | {"best": _layout_best, "agreement": _layout_agreement})[name](table)
+    layouts |= {"best": _layout_best, "agreement": _layout_agreement, "claims": _layout_claims}
+    layouts |= {"autoattack": _layout_auto_attack, "strong": _layout_strong}
+    return layouts[name](table)
 
 
 def _cell(value: float, theirs: float, digits: int, spread: float | None = None) -> str:
@@ -215,6 +240,51 @@ def _layout_agreement(table: pd.DataFrame):
         ends = [rows.loc[(eps, method), ["certified", "empirical"]] for eps in radii]
         cells[title, method] = [f"{low:.1f} … {high:.1f}" for low, high in ends]
         best[title, method] = [low == highest[eps] for (low, _), eps in zip(ends, radii, strict=True)]
+    return _frames(cells, best, pd.Index(radii, name="ε"))
+
+
+MARKS = {"yes": "✓", "no": "✗", "open": "?"}
+
+
+def _layout_claims(table: pd.DataFrame):
+    """A row per claim: at each ε the mark, the margin and how many seeds show it; the verdict at the end."""
+    radii, names = list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table["claim"]))
+    rows, first = table.set_index(["claim", "eps"]), table.drop_duplicates("claim").set_index("claim")
+    cells, best, title = {}, {}, "margin over the rival that decides, at ε [seeds that show the claim]"
+    for eps in radii:
+        there = [rows.loc[(name, eps)] if (name, eps) in rows.index else None for name in names]
+        cells[title, eps] = ["" if row is None else _margin(row) for row in there]
+        best[title, eps] = [row is not None and row["holds"] == "yes" for row in there]
+    count = table["seeds"].max()
+    last = "verdict", f"{count} seed{'s' if count != 1 else ''}"
+    cells[last], best[last] = list(first["verdict"]), [False] * len(names)
+    return _frames(cells, best, pd.Index([f"{name}  {first.loc[name, 'text']}" for name in names], name="claim"))
+
+
+def _margin(row: pd.Series) -> str:
+    digits = 1 if row["unit"] == "%" else 3
+    return f"{MARKS[row['holds']]} {row['margin']:+.{digits}f}\n[{row['shown']} of {row['seeds']}]"
+
+
+def _layout_auto_attack(table: pd.DataFrame):
+    cells, best, title = {}, {}, "robust accuracy (%)"
+    students = table["method"] != "RT"
+    for column in ("PGD", "AutoAttack", "both"):
+        cells[title, column] = [f"{value:.1f}" for value in table[column]]
+        best[title, column] = (students & (table[column] == table[column][students].max())).to_numpy()
+    cells["images", "PGD missed"] = [f"{row.missed} of {row.images}" for row in table.itertuples()]
+    best["images", "PGD missed"] = [False] * len(table)
+    return _frames(cells, best, pd.Index(table["method"], name="network"))
+
+
+def _layout_strong(table: pd.DataFrame):
+    rows, radii, methods = _by_method(table)
+    cells, best = {}, {}
+    titles = {"mean": ("mean gain", 3), "largest": ("largest gain", 2), "raised": ("raised by > 0.01 (%)", 0)}
+    for column, (title, digits) in titles.items():
+        for method in methods:
+            cells[title, method] = [f"{rows.loc[(eps, method), column]:.{digits}f}" for eps in radii]
+            best[title, method] = [False] * len(radii)
     return _frames(cells, best, pd.Index(radii, name="ε"))
 
 

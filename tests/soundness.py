@@ -114,9 +114,12 @@ class Setting:
         return inside
 
     def in_phase(self, domains, number):
-        """Which points of its image satisfy the phases of one domain, and nothing else."""
+        """Which points of its image lie in the input box of one domain and satisfy its phases, and nothing else."""
         image = int(domains["image"][number])
         inside = torch.ones(len(self.points[image]), dtype=torch.bool)
+        if "low.-1.0" in domains:
+            low, high = domains["low.-1.0"][number], domains["high.-1.0"][number]
+            inside = ((low <= self.points[image]) & (self.points[image] <= high)).flatten(1).all(1)
         for name in domains:
             if name.startswith("phase."):
                 q, k = map(int, name.split(".")[1:])
@@ -375,11 +378,13 @@ def forms_hold(bounds):
 
 
 def split_at_random(bounds, at, domains, generator):
-    """Both halves of every domain at a random unit that is not settled there: halves, which are empty, how many."""
+    """Both halves of every domain at a random unit not settled there, or an input: domains, halves, which are empty."""
     networks, layers, units, keep = [], [], [], []
+    domains = bounds.tree.with_inputs(at.roots[0], domains)
     for number in range(len(domains["image"])):
-        open_ = []
-        for name in [name for name in domains if name.startswith("low.")]:
+        coordinate = int(torch.randint(at.x[0].numel(), (1,), generator=generator))
+        open_ = [(bounds.tree.BOTH, 0, coordinate)] * 3
+        for name in [name for name in domains if name.startswith("low.") and name != "low.-1.0"]:
             q, k = map(int, name.split(".")[1:])
             low, high = domains[name][number].flatten(), domains[f"high.{q}.{k}"][number].flatten()
             open_ += [(q, k, int(unit)) for unit in ((low < 0) & (high > 0)).nonzero()]
@@ -431,7 +436,7 @@ def rows_hold_in(bounds, at, leaves, domains, generator):
         elif kind in ("w", "k", "s", "cut"):
             rows[name] = column + noise - 0.5
     lines = tuple(bounds.tree.lines_of(root, domains) for root in at.roots)
-    box = bounds.tree.ball_of(at.roots[0], domains["image"])
+    box = bounds.tree.ball_of(at.roots[0], domains)
     size = bounds.tree.logit_size(at.roots, domains["image"])
     value, form = bounds.joint.bound(at.pair, lines, box, rows, domains, size)
     assert form.shape == box[0].shape
@@ -560,14 +565,18 @@ def leaves_cover(at, leaves):
 
 
 def at_random(bounds, generator):
-    """A `branch.decide` that splits anything: ReLUs that are not settled, ranges, differences, anywhere."""
+    """A `branch.decide` that splits anything: ReLUs that are not settled, inputs, ranges, differences, anywhere."""
     inner = bounds.branch.decide
 
     def decide(roots, domains, rows):
         kind, network, layer, unit, at = inner(roots, domains, rows)
         for n in range(len(kind)):
-            pick = int(torch.randint(1, 5, (1,), generator=generator))
+            pick = int(torch.randint(1, 6, (1,), generator=generator))
             if pick == 4:  # what it would have been
+                continue
+            if pick == 5:
+                kind[n], network[n], layer[n] = bounds.branch.DOMAIN, bounds.tree.BOTH, 0
+                unit[n] = int(torch.randint(roots[0].bounds[0][0][0].numel(), (1,), generator=generator))
                 continue
             j = int(torch.randint(rows["w"].shape[1], (1,), generator=generator))
             if pick == bounds.branch.NEAR and j in (int(rows["ref"][n]), int(rows["label"][n])):
@@ -585,7 +594,7 @@ def searches_keep_every_point(bounds):
 
     With a tolerance below 0 nothing is ever finished, so that every point must be in a row that is open.
     """
-    inner, kinds = bounds.branch.decide, set()
+    inner, kinds, inputs = bounds.branch.decide, set(), 0
     for kind, seed, tolerance in itertools.product(KINDS, (1, 0), (-1.0, 0.02)):
         if (tolerance < 0) != (seed == 1) and kind == "convolutional":
             continue
@@ -593,8 +602,10 @@ def searches_keep_every_point(bounds):
         decide = at_random(bounds, generator) if seed else inner
 
         def noted(*arguments, decide=decide):
+            nonlocal inputs
             found = decide(*arguments)
             kinds.update(found[0].tolist())
+            inputs += int((found[1] == bounds.tree.BOTH).sum())
             return found
 
         leaves = at.start(bounds)
@@ -610,21 +621,21 @@ def searches_keep_every_point(bounds):
             bounds.branch.decide = inner
         assert (leaves.witnesses - at.x).abs().max() <= at.eps
         assert (gap(at.teacher, at.student, leaves.witnesses) - leaves.lower).abs().max() < 1e-12
-    assert kinds >= {bounds.branch.RELU, bounds.branch.UPPER, bounds.branch.LOWER, bounds.branch.NEAR}
+    assert kinds >= {bounds.branch.DOMAIN, bounds.branch.UPPER, bounds.branch.LOWER, bounds.branch.NEAR} and inputs
 
 
 def search_ends_at_the_truth(bounds):
     """Small nets, to the end: the bound is at most the tolerance above what is attained, and nothing is above it."""
-    for inputs, seed, eps, tolerance in ((1, 1, 1.5, 0.01), (2, 2, 0.5, 0.03)):
+    for inputs, seed, eps, tolerance in ((1, 0, 1.5, 1e-4), (2, 2, 0.5, 1e-6)):
         pair = fully_connected(inputs, 4, 3, 2, seed=seed), fully_connected(inputs, 3, 2, seed=seed + 5)
         x = torch.randn(2, inputs, dtype=torch.float64)
         prepared, box = bounds.network.prepare_pair(*pair, x), bounds.network.ball(x, eps)
         roots = tuple(bounds.tree.root(network, q, *box) for q, network in enumerate(prepared))
         leaves = bounds.branch.start(roots, x, bounds.branch.gap(prepared, x), x.clone())
-        leaves, made = bounds.branch.certify(roots, leaves, tolerance, 400)
+        leaves, made = bounds.branch.certify(roots, leaves, tolerance, 1000)
         for n in range(2):
             reached = gap(*pair, points(x[n : n + 1], eps)).max()
-            assert reached <= leaves.upper[n] <= leaves.lower[n] + tolerance and made[n] < 400
+            assert reached <= leaves.upper[n] <= leaves.lower[n] + tolerance and made[n] < 1000
             assert leaves.lower[n] <= reached + 0.01
         assert len(leaves.rows["value"]) == 0
 

@@ -1,14 +1,17 @@
 """The benchmarks: right columns, sound bounds, peers that say what our own programs say."""
 
 import dataclasses
+import json
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 from torch import nn
 
-from benchmarks import bounds, contenders, measure, report, scaling, violations
-from faithkd import data, experiment, params
+from benchmarks import attackers, attacks, bounds, contenders, measure, report, scaling, violations
+from faithkd import data, experiment, losses, models, params
 from faithkd.bounds import difference_bounds, network
 from faithkd.bounds.linear import STEPS, crown
 from faithkd.errors import FaithkdError
@@ -155,6 +158,23 @@ def test_unknown_and_absent_contenders(capsys):
     assert "auto_LiRPA is not installed" in capsys.readouterr().out
 
 
+def test_only_best_has_more_than_a_second():
+    specs = bounds.specifications(["crown", "bab", "best", "paper-lp"], [0.1, 1.0, 30.0])
+    assert {spec for spec in specs if spec[0] != "best"} == {
+        *(("crown", None), ("paper-lp", None)),
+        *(("bab", 0.1), ("bab", 1.0)),
+    }
+    assert [budget for name, budget in specs if name == "best"] == [0.1, 1.0, 30.0]
+
+
+def test_workers_are_stopped_for_which_a_process_would_wait():
+    executor = get_reusable_executor(max_workers=1)
+    assert executor.submit(abs, -1).result() == 1
+    workers = list(executor._processes.values())
+    measure.stop_workers()
+    assert workers and not any(worker.is_alive() for worker in workers)
+
+
 def test_quickly_trained_networks_are_the_same_every_time(digits, monkeypatch):
     monkeypatch.setattr(scaling, "STEPS", 5)
     one, two = (scaling.quickly_trained(digits[0], [4], seed=1) for _ in range(2))
@@ -171,3 +191,107 @@ def test_random_checks_find_a_bound_that_is_too_low(monkeypatch, capsys):
     monkeypatch.setattr(violations, "upper_bound", lambda *arguments: 0.5 * right(*arguments))
     _, wrong = violations.run(2000, seed=0, names=["crown"])
     assert wrong["crown"] > 0 and "VIOLATION: crown" in capsys.readouterr().out
+
+
+def task(net, x):
+    """Cross-entropy of a network, in a few steps that are large enough to reach the end of the ball."""
+    y = net(x).argmax(1)
+    sizes = {"eps": 0.1, "steps": 3, "step_size": 0.1}
+    return attackers.Task("some", (net,), losses.attack_labels(net, None, x, y), x, y, **sizes, labels=True)
+
+
+def small_networks():
+    """A fully connected and a convolutional one, and images for both."""
+    torch.manual_seed(0)
+    flat = models.fully_connected(27, [5])
+    layers = [nn.Conv2d(3, 2, 2, bias=True), nn.ReLU(), nn.MaxPool2d(2, stride=1), nn.Flatten(), nn.Linear(2, 4)]
+    return [attacks.frozen(net) for net in (flat, nn.Sequential(*layers))], torch.randn(6, 3, 3, 3)
+
+
+def test_attacks_are_measured_and_written(tmp_path, capsys):
+    main = partial(attacks.main, profile="digits", settings=None, out=tmp_path, attacks=True, train=True)
+    main(
+        methods=",".join(attackers.ATTACKERS),
+        tasks="SD,FD,EmpLB",
+        batches="5",
+        steps=2,
+        rounds=2,
+        train_batches=1,
+        train_rounds=1,
+    )
+    names = {f"{part}-digits.{end}" for part in ("attacks", "training") for end in ("csv", "json", "md")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    found = pd.read_csv(tmp_path / "attacks-digits.csv")
+    there = {name for name in attackers.ATTACKERS if not attackers.absent(name)}
+    assert set(found.loc[found["task"] == "SD", "contender"]) == there
+    assert {"products", "ascend", "search"} <= set(found.loc[found["task"] == "FD", "contender"])
+    assert (found["gradients"] == 2).all() and (found["minimum"] <= found["median"]).all()
+    loss = found[found["task"] == "SD"].set_index("contender")["loss"]
+    assert loss["search"] >= loss["ascend"] - 1e-6 and pd.isna(loss["products"])
+    trained = pd.read_csv(tmp_path / "training-digits.csv")
+    assert trained["network"].tolist() == ["RT", *losses.METHODS] and (trained["batches_an_epoch"] == 19).all()
+    assert json.loads((tmp_path / "attacks-digits.json").read_text())["versions"]["torch"] == report.version("torch")
+    printed = capsys.readouterr().out
+    assert all(attackers.absent(name) in printed for name in attackers.ATTACKERS)
+
+
+def test_attackers_that_are_absent_or_unknown(monkeypatch, capsys):
+    monkeypatch.setattr(attackers, "version", lambda package: None)
+    assert attacks.present(["foolbox", "art"]) == ["products", "ascend"]
+    assert "foolbox is not installed: pip install foolbox" in capsys.readouterr().out
+    with pytest.raises(FaithkdError, match="foolbox is not installed"):
+        attackers.load("foolbox", None)
+    with pytest.raises(FaithkdError, match="unknown contender 'fgsm'"):
+        attacks.present(["fgsm"])
+    with pytest.raises(FaithkdError, match="unknown task 'AD'"):
+        attacks.task(params.load("digits"), "AD", 5, 2)
+
+
+def test_a_change_of_variables_in_the_first_layer_changes_no_logits():
+    networks, x = small_networks()
+    for net in networks:
+        low, width = attackers.free_range(task(net, x))
+        assert low < (x - 0.1).min() and (x + 0.1).max() < low + width
+        torch.testing.assert_close(attackers.rescaled(net, low, width)((x - low) / width), net(x))
+    with pytest.raises(FaithkdError, match="without padding"):
+        attackers.rescaled(nn.Sequential(nn.Conv2d(3, 2, 2, padding=1)), 0.0, 1.0)
+
+
+def test_the_products_are_those_of_the_layers():
+    networks, x = small_networks()
+    for net in networks:
+        calls = attackers.layer_products(net, x)
+        assert len(calls) == 4  # two layers, forwards and backwards
+        last = net[-1]
+        torch.testing.assert_close(calls[1]() + last.bias, last(net[:-1](x)))
+        torch.testing.assert_close(calls[2](), net(x) @ last.weight)
+        assert calls[3]().numel() == x.numel()
+
+
+def test_who_does_less_or_leaves_the_ball_is_not_measured():
+    (net, _), x = small_networks()
+    job = task(net, x)
+    lazy = attackers.ours(dataclasses.replace(job, steps=2))
+    with pytest.raises(FaithkdError, match="2 gradients where 3 were asked for"):
+        attacks.checked("lazy", job, lazy)
+    far = attackers.ours(dataclasses.replace(job, eps=0.2))
+    with pytest.raises(FaithkdError, match="outside the ball"):
+        attacks.checked("far", job, far)
+
+
+def test_a_library_that_fails_is_left_out_and_our_own_failure_is_not(monkeypatch, capsys):
+    (net, _), x = small_networks()
+    job, right = task(net, x), attackers.load
+
+    def broken(name, job):
+        if name == failing:
+            raise AttributeError("no such function")
+        return right(name, job)
+
+    monkeypatch.setattr(attackers, "load", broken)
+    failing = "foolbox"
+    assert attacks.compare(job, ["products", "ascend", "foolbox"], 1)["contender"].tolist() == ["products", "ascend"]
+    assert "left out: foolbox: AttributeError: no such function" in capsys.readouterr().out
+    failing = "ascend"
+    with pytest.raises(AttributeError):
+        attacks.compare(job, ["products", "ascend"], 1)

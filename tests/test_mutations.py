@@ -126,12 +126,22 @@ MISTAKES = {
         "torch.stack([high_t - low_s, high_t - low_s], 1)",
     ),
     "on is off": ("tree", "= 1.0, -1.0", "= -1.0, 1.0"),
-    "a half is cut too far": ("tree", ".clamp(max=0)\n", ".clamp(max=-0.1)\n"),
+    "a half is cut too far": (
+        "tree",
+        "torch.minimum(column[hit + count, unit[hit]], cut[hit])",
+        "torch.minimum(column[hit + count, unit[hit]], cut[hit] - 0.1)",
+    ),
+    "an input is halved at 0": ("tree", "torch.where(network == BOTH, middle, cut)", "cut"),
+    "the input's boxes are other domains'": (
+        "tree",
+        'return domains[f"low.{INPUT}"], domains[f"high.{INPUT}"]',
+        'return domains[f"low.{INPUT}"].flip(0), domains[f"high.{INPUT}"].flip(0)',
+    ),
     "a domain that is nearly empty is dropped": ("tree", "low > high + 1e-9", "low > high - 0.3"),
     "another image's ball": (
         "tree",
-        "tuple(end[image] for end in root.bounds[0])",
-        "tuple(end[0 * image] for end in root.bounds[0])",
+        'tuple(end[domains["image"]] for end in root.bounds[0])',
+        'tuple(end[0 * domains["image"]] for end in root.bounds[0])',
     ),
     "the range of a tree is its smallest": (
         "apart",
@@ -163,7 +173,7 @@ MISTAKES = {
     "one half of a split is lost": (
         "branch",
         'pick(moved, ~empty[moved["domain"]])',
-        'pick(moved, moved["domain"] < int(relu.sum()))',
+        'pick(moved, moved["domain"] < int(whole.sum()))',
     ),
     "rows not worth a descent are lost": (
         "branch",
@@ -199,13 +209,11 @@ MISTAKES = {
         "witnesses[image[better]] = found[better], witnesses[image[better]]",
     ),
     # the ends
-    "agreement needs only a small disagreement": ("agreement", '(rows["value"] < 0)', '(rows["value"] < 0.5)'),
-    "agreement confuses winner and rival": ("agreement", "(root.highest < 0).any(1)", "(root.highest < 0).any(2)"),
-    "agreement looks at one class of the student": (
-        "agreement",
-        "(own.to(weights) - others)",
-        "(own.to(weights) - 2 * others)",
-    ),
+    "agreement forgives a small disagreement": ("agreement", "(highest < 0)", "(highest < 0.5)"),
+    "agreement confuses winner and rival": ("agreement", "(highest < 0).any(1)", "(highest < 0).any(2)"),
+    "agreement looks at one rival": ("agreement", "True).all(1)", "True).sum(1) > 1"),
+    "agreement asks the teacher only": ("agreement", "for root in roots:", "for root in roots[:1]:"),
+    "agreement is claimed when the nodes run out": ("agreement", "return asked & (left == 0)", "return asked"),
     "what is not finite is certified": ("ladder", "torch.where(finite, bound, 1.0)", "torch.where(finite, bound, 0.5)"),
     "each method stands alone": ("ladder", "values = table.amin(0)", "values = table[-1]"),
     "the largest rung but one": ("ladder", 'torch.minimum(whole["joint"][some], leaves.upper)', "leaves.lower"),

@@ -5,10 +5,11 @@ import shutil
 import time
 
 import nbformat
+import pandas
 import pytest
 from conftest import REPOSITORY
 
-from faithkd import notebooks, params, paths
+from faithkd import ledger, notebooks, params, paths
 
 
 def test_refreshing_twice_gives_the_same_bytes(home, monkeypatch):
@@ -157,6 +158,50 @@ def test_a_readme_without_its_blocks_is_refused():
         notebooks.readme("# nothing here")
 
 
+def test_the_papers_page_says_what_the_committed_figures_say():
+    """A stale ledger in PAPER.md: `make notebooks` writes it anew."""
+    text = (REPOSITORY / "PAPER.md").read_text(encoding="utf-8")
+    assert notebooks.paper_page(text) == text
+    with pytest.raises(notebooks.NotebookError, match="must hold one block"):
+        notebooks.paper_page("# nothing here")
+
+
+def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
+    """Verdicts side by side, cells counted, the key rows beside the paper's; runs with overrides are left out."""
+    monkeypatch.setattr(paths, "ROOT", home.folder)
+    page = "before\n<!-- ledger: x -->\n| old |\n<!-- end of ledger -->\nafter\n"
+    for name in ("digits", "mnist", "mnist+seed=1"):
+        folder = home.folder / "figures" / name
+        folder.mkdir(parents=True)
+        claimed = name != "digits"
+        rows = [
+            {
+                "claim": "C1",
+                "text": "A beats B",
+                "claimed": claimed,
+                "eps": eps,
+                "seeds": 3,
+                "holds": holds,
+                "verdict": "undecided",
+            }
+            for eps, holds in (("0.1", "yes"), ("0.2", "open"))
+        ]
+        pandas.DataFrame(rows).to_csv(folder / "claims.csv", index=False)
+    assert "no number stands beside the paper's" in notebooks.paper_page(page)
+    theirs = ledger.papers().query("dataset == 'mnist'").rename(columns={"paper": "value"})
+    values = pandas.concat([theirs.assign(seed=seed, value=theirs["value"] + 0.001 * seed) for seed in range(3)])
+    ledger.cells(values).to_csv(home.folder / "figures" / "mnist" / "ledger.csv", index=False)
+    made = notebooks.paper_page(page)
+    assert made.startswith(
+        "before\n<!-- ledger: x -->\n| claim | `digits`, 3 seeds, illustration | `mnist`, 3 seeds |\n"
+    )
+    assert "| C1: A beats B | undecided (1 of 2 ε) | undecided (1 of 2 ε) |" in made
+    assert "| `mnist` | table1: agreement | 24 | 24 | 0 | 0 | 0 | 0.0 points |" in made
+    assert "| `mnist`, 3 seeds | EmpLB at ε = 0.1 | – | 0.107 ±0.002 [0.106] |" in made
+    assert "| old |" not in made and made.endswith("<!-- end of ledger -->\nafter\n")
+    assert notebooks.paper_page(made) == made
+
+
 @pytest.mark.slow
 def test_everything_regenerates_from_an_empty_store(home):
     """All notebooks by papermill on the smoke profile with nothing computed or trained before."""
@@ -164,7 +209,7 @@ def test_everything_regenerates_from_an_empty_store(home):
     shutil.copytree(REPOSITORY / "notebooks", home.folder / "notebooks")
     printed = home.call("run", "--profile", "smoke")
     made = {path.name for path in (home.folder / "figures" / "smoke").iterdir()}
-    names = ["fig1", "fig2", "fig3", "table1", "table2", "table3", "table5"]
+    names = ["fig1", "fig2", "fig3", "table1", "table2", "table3", "table5", "claims"]
     assert {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")} <= made, printed
     assert "provenance.json" in made and "12 to run" in printed
 

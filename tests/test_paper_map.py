@@ -67,6 +67,13 @@ def test_results_are_made_by_the_functions_named(row):
         assert made.strip("`").removeprefix("faithkd.") in text
 
 
+def test_the_ledger_is_made_by_the_functions_named():
+    named = [row for row in rows("The paper's numbers and claims beside ours") if "faithkd." in row[1]]
+    assert len(named) == 3
+    for _, function, notebook in named:
+        assert callable(resolve(function)) and function.strip("`").removeprefix("faithkd.") in source(notebook)
+
+
 def test_parameters_named_in_the_deviations_exist():
     names = set(params.describe(params.load("mnist"))["name"])
     for row in rows("Where the paper is ambiguous, and what we do"):

@@ -209,6 +209,7 @@ def test_typos_are_answered_with_a_suggestion():
         ),
         ("bounds.method=crwon", "got 'crwon'"),
         ("device=gpu", "must be auto, cpu, mps, cuda or cuda:<number>, got 'gpu'"),
+        ("repeats=0", "must be at least 1, got 0"),
         ("seed=-1", "must be at least 0"),
         ("seed=", "must be a whole number, got None"),
     ],

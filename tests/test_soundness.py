@@ -93,23 +93,20 @@ def breakpoints(net, low, high):
     return ends
 
 
-@pytest.mark.parametrize(("seed", "left"), [(0, 0.12), (1, 0.01), (2, 0.01)])
-def test_one_input_enumerated(seed, left):
-    """Between neighbouring breakpoints both networks are linear: their largest difference is known to 1e-4.
-
-    `left`: how near to it the search comes; it need not end where all ReLUs of a part are settled.
-    """
+@pytest.mark.parametrize("seed", range(3))
+def test_one_input_enumerated(seed):
+    """Between neighbouring breakpoints both networks are linear: their largest difference is known to 1e-4."""
     pair = fully_connected(1, 5, 4, 3, seed=seed), fully_connected(1, 4, 3, seed=seed + 9)
     ends = torch.cat([breakpoints(net, -1.5, 1.5) for net in pair]).sort().values
     share = torch.linspace(0, 1, 301, dtype=torch.float64)
     truth = gap(*pair, (ends[:-1, None] + share * ends.diff()[:, None]).view(-1, 1)).max().item()
     x = torch.zeros(1, 1, dtype=torch.float64)
     for method in BEYOND:
-        found = bound(*pair, x, 1.5, method, nodes=200, tolerance=0.01)
+        found = bound(*pair, x, 1.5, method, nodes=1000, tolerance=1e-3)
         assert truth <= found.values.item()
         if method in ("bab", "best"):
-            assert found.values - truth <= left and found.lower <= truth + 1e-4
-            assert (found.status == ["certified"]) == (found.values - found.lower <= 0.01)
+            assert found.status == ["certified"] and found.lower <= truth + 1e-4
+            assert found.values <= found.lower + 1e-3
 
 
 @pytest.mark.parametrize("seed", range(3))

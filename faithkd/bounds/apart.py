@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from faithkd.bounds.joint import Table, join, pick
 from faithkd.bounds.linear import over_ball, pull
 from faithkd.bounds.tree import (
+    BOTH,
     Root,
     all_odds,
     ball_of,
@@ -25,6 +26,8 @@ from faithkd.bounds.tree import (
     rank_in,
     rebox,
     whole,
+    widest_input,
+    with_inputs,
 )
 
 NEARLY = 0.9  # a bound above this share of eq. (11) gains nothing yet from the shared input
@@ -96,11 +99,12 @@ def grow(root: Root, tree: Table, busy: Tensor, upper: Tensor, label: Tensor) ->
     width = (torch.bincount(image, minlength=len(busy)) // 8).clamp(min=WIDTH)
     chosen = (rank_in(image, torch.where(upper[image], high, -low)) < width[image]) & busy[image]
     parents = pick(tree, chosen)
-    layer, unit, found = loosest(root, parents, upper[parents["image"]], label[parents["image"]])
+    network, layer, unit, found = loosest(root, parents, upper[parents["image"]], label[parents["image"]])
     chosen[chosen.clone()] = found
-    parents, layer, unit = pick(parents, found), layer[found], unit[found]
+    if (network[found] == BOTH).any():
+        tree, parents = with_inputs(root, tree), with_inputs(root, parents)
+    parents, network, layer, unit = pick(parents, found), network[found], layer[found], unit[found]
     boxes = {name: column for name, column in parents.items() if name.startswith(("image", "low.", "high."))}
-    network = torch.full_like(layer, root.q)
     halves, empty = rebox((root,), halve_domains(boxes, network, layer, unit), network.repeat(2), layer.repeat(2))
     halves = pick(join(parents, parents) | halves, ~empty)
     halves["highest"] = differences_of(root, halves, label[halves["image"]])
@@ -116,7 +120,7 @@ def differences_of(root: Root, domains: Table, label: Tensor) -> Tensor:
     rows = unit - unit[label][:, None]
     slopes = {k: torch.cat([part[image, label], part[image, :, label]], 1) for k, part in root.row_slopes.items()}
     form = pull(root.network, lines_of(root, domains), torch.cat([rows, -rows], 1), slopes=slopes)
-    up, down = over_ball(*form, *ball_of(root, image)).chunk(2, 1)
+    up, down = over_ball(*form, *ball_of(root, domains)).chunk(2, 1)
     highest, here = domains["highest"].clone(), torch.arange(len(image))
     highest[here, label] = torch.minimum(highest[here, label], up)
     highest[here, :, label] = torch.minimum(highest[here, :, label], down)
@@ -124,8 +128,8 @@ def differences_of(root: Root, domains: Table, label: Tensor) -> Tensor:
     return highest
 
 
-def loosest(root: Root, domains: Table, upper: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer and unit of the ReLU to split in each domain, and whether there is one, three `(D,)`.
+def loosest(root: Root, domains: Table, upper: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Network, layer and unit to split in each domain, and whether anything is left to split, four `(D,)`.
 
     Judged on one row for m of class `label`: the differences weighted by what each contributes to the range's end.
     """
@@ -136,9 +140,12 @@ def loosest(root: Root, domains: Table, upper: Tensor, label: Tensor) -> tuple[T
     row = torch.where(upper[:, None], own - high_weights, low_weights - own)
     trace, lines = {}, lines_of(root, domains)
     form, _ = pull(root.network, lines, row.unsqueeze(1), trace=trace)
-    low, high = ball_of(root, domains["image"])
+    low, high = ball_of(root, domains)
     _, scores, _ = loose_units(root, lines, {}, trace, torch.where(form[:, 0] > 0, high, low))
     # an entry of score 0 first: for networks without any ReLU
     names = torch.tensor([(0, 0)] + [(k, unit) for k in scores for unit in range(scores[k].shape[1])])
     best, which = torch.cat([row.new_zeros(len(row), 1), *scores.values()], 1).max(1)
-    return *names[which].unbind(1), best > 0
+    layer, unit = names[which].unbind(1)
+    settled, (coordinate, moves) = ~(best > 0), widest_input([form[:, 0]], (low, high))
+    network = torch.where(settled, BOTH, root.q)
+    return network, layer.masked_fill(settled, 0), torch.where(settled, coordinate, unit), ~settled | moves

@@ -20,6 +20,7 @@ from faithkd.bounds.joint import Table, join, log_odds, log_odds_range, near_ran
 from faithkd.bounds.linear import difference_rows, pull, row_differences
 from faithkd.bounds.network import Network
 from faithkd.bounds.tree import (
+    BOTH,
     Root,
     ball_of,
     halve_domains,
@@ -31,6 +32,8 @@ from faithkd.bounds.tree import (
     rebox,
     run,
     whole,
+    widest_input,
+    with_inputs,
 )
 
 ROOT_STEPS = 15  # of descent for the rows of the whole ball
@@ -151,7 +154,7 @@ def descend(roots: tuple[Root, Root], domains: Table, rows: Table, steps: int) -
     lines = tuple(lines_of(root, mine) for root in roots)
     pair = tuple(root.network for root in roots)
     image = mine["image"]
-    rows = joint.tighten(pair, lines, ball_of(roots[0], image), rows, mine, logit_size(roots, image), steps)
+    rows = joint.tighten(pair, lines, ball_of(roots[0], mine), rows, mine, logit_size(roots, image), steps)
     return rows | {"value": torch.minimum(rows["value"], joint.separate(rows))}
 
 
@@ -181,7 +184,7 @@ def search(
         leaves, fresh = split(roots, leaves, chosen)
         image = leaves.domains["image"][fresh["domain"]]
         made += torch.bincount(image, minlength=len(made))
-        leaves = witness(pair, leaves, inside(fresh.pop("x"), *ball_of(roots[0], image)), image)
+        leaves = witness(pair, leaves, inside(fresh.pop("x"), *ball_of(roots[0], {"image": image})), image)
         leaves = replace(leaves, rows=join(leaves.rows, fresh))
 
 
@@ -230,7 +233,8 @@ def witness(pair: tuple[Network, Network], leaves: Leaves, x: Tensor, image: Ten
     return replace(leaves, lower=lower, witnesses=witnesses)
 
 
-RELU, UPPER, LOWER, NEAR, NOTHING = range(5)  # what is split: a ReLU, the range of m_U, m_L, or one z_j - z_r in L
+# what is split: a domain, at a ReLU or in the input; or one row, in its range of m_U, of m_L or of one z_j - z_r in L
+DOMAIN, UPPER, LOWER, NEAR, NOTHING = range(5)
 
 
 def split(roots: tuple[Root, Root], leaves: Leaves, chosen: Tensor) -> tuple[Leaves, Table]:
@@ -241,20 +245,22 @@ def split(roots: tuple[Root, Root], leaves: Leaves, chosen: Tensor) -> tuple[Lea
     largest = (largest[rows["domain"]] & (rank_in(rows["domain"], rows["value"]) == 0)).nonzero()[:, 0]
     kind, network, layer, unit, at = decide(roots, domains, pick(rows, largest))
 
-    relu = kind == RELU
-    halves = halve_domains(pick(domains, rows["domain"][largest[relu]]), network[relu], layer[relu], unit[relu])
-    halves, empty = rebox(roots, halves, network[relu].repeat(2), layer[relu].repeat(2))
+    whole = kind == DOMAIN
+    if (network[whole] == BOTH).any():
+        domains = with_inputs(roots[0], domains)
+    halves = halve_domains(pick(domains, rows["domain"][largest[whole]]), network[whole], layer[whole], unit[whole])
+    halves, empty = rebox(roots, halves, network[whole].repeat(2), layer[whole].repeat(2))
     decision = torch.full((len(domains["image"]),), -1)
-    decision[rows["domain"][largest[relu]]] = torch.arange(int(relu.sum()))
+    decision[rows["domain"][largest[whole]]] = torch.arange(int(whole.sum()))
     moves = decision[rows["domain"]] >= 0
     moved = pick(rows, moves)
     first = decision[moved["domain"]]
-    moved = join(moved | {"domain": first}, moved | {"domain": first + int(relu.sum())})
-    moved = narrow(roots, halves, pick(moved, ~empty[moved["domain"]]), network[relu].repeat(2))
+    moved = join(moved | {"domain": first}, moved | {"domain": first + int(whole.sum())})
+    moved = narrow(roots, halves, pick(moved, ~empty[moved["domain"]]), network[whole].repeat(2))
     moved["domain"] = moved["domain"] + len(domains["image"])
     domains = join(domains, halves)
 
-    cut = (kind != RELU) & (kind != NOTHING)
+    cut = (kind != DOMAIN) & (kind != NOTHING)
     pieces = halve_rows(roots, domains, pick(rows, largest[cut]), kind[cut], unit[cut], at[cut])
     done = largest[kind == NOTHING]
     closed = leaves.closed.scatter_reduce(0, domains["image"][rows["domain"][done]], rows["value"][done], "amax")
@@ -277,15 +283,15 @@ def decide(roots: tuple[Root, Root], domains: Table, rows: Table) -> tuple[Tenso
     reach = leverage(rows["range"]).log()
     far = rows["value"] > apart.NEARLY * joint.separate(rows)
     scored = rows | {"k": torch.where(far[:, None], reach, torch.maximum(rows["k"], reach + math.log(FLOOR)))}
-    low, high = ball_of(roots[0], mine["image"])
+    low, high = ball_of(roots[0], mine)
     logit_rows = joint.forms(scored, logit_size(roots, mine["image"]))[:2]
-    lines, traces, form = [lines_of(root, mine) for root in roots], ({}, {}), 0.0
+    lines, traces, forms = [lines_of(root, mine) for root in roots], ({}, {}), []
     for q, root in enumerate(roots):
         slopes, push = joint.layers_of(scored, "slope", q), joint.pushes(scored, mine, q)
-        form = form + pull(root.network, lines[q], logit_rows[q].unsqueeze(1), None, slopes, push, traces[q])[0]
-    x = torch.where(form[:, 0] > 0, high, low)
+        forms.append(pull(root.network, lines[q], logit_rows[q].unsqueeze(1), None, slopes, push, traces[q])[0][:, 0])
+    x = torch.where(forms[0] + forms[1] > 0, high, low)
     # an entry of score 0 first: for pairs without any ReLU
-    names, scores, loose, ends = [(0, 0, 0)], [x.new_zeros(len(x), 1)], 0.0, []
+    names, scores, loose, ends = [(BOTH, 0, 0)], [x.new_zeros(len(x), 1)], 0.0, []
     for q, root in enumerate(roots):
         gaps, score, logits = loose_units(root, lines[q], joint.layers_of(scored, "slope", q), traces[q], x)
         ends.append(logits)
@@ -297,11 +303,15 @@ def decide(roots: tuple[Root, Root], domains: Table, rows: Table) -> tuple[Tenso
     network, layer, unit = torch.tensor(names)[which].unbind(1)
     first = (rows["order"] == 0)[:, None]
     terms, at, classes = loose_terms(scored, torch.where(first, *ends), torch.where(first, *ends[::-1]))
-    terms = torch.where((far & (best > 0))[:, None], 0.0, terms)
-    sizes = torch.cat([torch.where(best > 0, loose, 0.0)[:, None], terms], 1).nan_to_num(0.0)
-    kind = torch.where(sizes.amax(1) > 1e-9, sizes.argmax(1), torch.where(best > 0, RELU, NOTHING))
+    # where all ReLUs are settled the input is split: cuts alone grow ever thinner there and gain ever less
+    settled, (coordinate, moves) = ~(best > 0), widest_input(forms, (low, high))
+    terms = torch.where(torch.where(settled, moves, far)[:, None], 0.0, terms)
+    sizes = torch.cat([torch.where(settled, 0.0, loose)[:, None], terms], 1).nan_to_num(0.0)
+    kind = torch.where(settled & ~moves, NOTHING, DOMAIN)
+    kind = torch.where(sizes.amax(1) > 1e-9, sizes.argmax(1), kind)
     at = at.gather(1, (kind - 1).clamp(0, 2)[:, None])[:, 0]
-    return kind, network, layer, torch.where(kind == NEAR, classes, unit), at
+    network, layer = network.masked_fill(settled, BOTH), layer.masked_fill(settled, 0)
+    return kind, network, layer, torch.where(kind == NEAR, classes, torch.where(settled, coordinate, unit)), at
 
 
 def leverage(ranges: Tensor) -> Tensor:
@@ -356,19 +366,20 @@ def clip(m: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def narrow(roots: tuple[Root, Root], domains: Table, rows: Table, network: Tensor) -> Table:
-    """The rows' ranges from the differences of the network that was split in their domain, computed anew."""
+    """The rows' ranges from the differences of what was split in their domain, computed anew: one network, or BOTH."""
     rows = dict(rows)
     for q, root in enumerate(roots):
-        used, number = rows["domain"][network[rows["domain"]] == q].unique(return_inverse=True)
+        split = ((network == q) | (network == BOTH))[rows["domain"]]
+        used, number = rows["domain"][split].unique(return_inverse=True)
         if not len(used):
             continue
         mine = pick(domains, used)
-        bounds = [ball_of(roots[0], mine["image"]), tuple(end[mine["image"]] for end in root.bounds[-1])]
+        bounds = [ball_of(root, mine), tuple(end[mine["image"]] for end in root.bounds[-1])]
         _, pairs = difference_rows(root.network.classes)
         slopes = {k: part[mine["image"]][:, pairs[:, 0], pairs[:, 1]] for k, part in root.row_slopes.items()}
         highest, _ = row_differences(root.network, lines_of(root, mine), bounds, slopes=slopes)
         highest = torch.minimum(highest, root.highest[mine["image"]])
-        hit = (network[rows["domain"]] == q).nonzero()[:, 0]
+        hit = split.nonzero()[:, 0]
         of_upper = rows["order"][hit] == q
         low, high = log_odds_range(highest[number], rows["label"][hit])
         place = torch.where(of_upper, 0, 2)

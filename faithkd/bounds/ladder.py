@@ -79,13 +79,18 @@ class Choices:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("solver", self.solver, ("highs", "gurobi", "auto"))
-        for name, value in (("max_nodes", self.max_nodes), ("nodes", 1 if self.nodes is None else self.nodes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise FaithkdError(f"{name} must be a whole number >= 1, not {value!r}")
+        check_count("max_nodes", self.max_nodes)
+        check_count("nodes", 1 if self.nodes is None else self.nodes)
         for name, value in (("budget", self.budget), ("tolerance", self.tolerance)):
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
             if not number and not (name == "budget" and value is None):
                 raise FaithkdError(f"{name} must be a finite number >= 0, not {value!r}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Refuse what is no whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise FaithkdError(f"{name} must be a whole number >= 1, not {value!r}")
 
 
 def check_choice(what: str, given: str, known) -> None:
@@ -359,18 +364,25 @@ def difference_bounds(
 
 
 def certified_agreement(
-    teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, *, clip: tuple | None = None
+    teacher: nn.Sequential,
+    student: nn.Sequential,
+    x: Tensor,
+    eps: float,
+    *,
+    clip: tuple | None = None,
+    nodes: int = agreement.NODES,
 ) -> Tensor:
     """Whether c_t(x') = c_s(x') on all of B_eps(x), certified: `(N,)` bool, False where nothing is known.
 
-    The mean is a certified lower bound of the distillation agreement, Def. 3. Arguments and errors as in
-    `faithfulness_upper_bound`.
+    The mean is a certified lower bound of the distillation agreement, Def. 3. `nodes`: into how many parts the ball is
+    split at most, for each network. Other arguments and errors as in `faithfulness_upper_bound`.
     """
+    check_count("nodes", nodes)
     x = check_images(x)
     pair = prepare_pair(teacher, student, x)
     lower, upper = ball(x, eps, clip)
     holds = torch.zeros(len(x), dtype=torch.bool)
     for some in image_chunks(pair, len(x)):
         roots = tuple(root(network, q, lower[some], upper[some]) for q, network in enumerate(pair))
-        holds[some] = agreement.agrees(roots)
+        holds[some] = agreement.agrees(roots, nodes)
     return holds

@@ -1,8 +1,9 @@
-"""Parts of a ball on which some ReLUs are known to be on or off: what both searches, `apart` and `branch`, stand on.
+"""Parts of a ball on which some ReLUs are known to be on or off: what all searches, `apart` and `branch`, stand on.
 
 A table of domains is a dictionary of columns, one entry per domain: `image` and, for ReLU layer k of network q (0: the
 teacher, 1: the student), `low.q.k` and `high.q.k`, the box of its input, each `(D, *shape)`. Splitting a ReLU makes two
-domains which together cover the first; the boxes of all later layers are then computed anew.
+domains which together cover the first; the boxes of all later layers are then computed anew. Where no ReLU is left, the
+input is halved instead, as "layer 0 of network BOTH", so that a search converges on whatever is still loose.
 """
 
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from faithkd.bounds.linear import (
 from faithkd.bounds.network import Network, forward
 
 LATER = 2.0  # a split one ReLU layer further from the logits counts that much more: it tightens all layers behind
+BOTH, INPUT = -1, "-1.0"  # the network and the columns of a split of the input, which both networks share
 SPREAD = 1.0  # weight of a unit's whole triangle in its score, beside the gap at the worst point
 
 
@@ -115,9 +117,24 @@ def lines_of(root: Root, domains: Table, upto: int | None = None) -> list[Lines 
     return lines
 
 
-def ball_of(root: Root, image: Tensor) -> Box:
-    """The balls of the images with these numbers."""
-    return tuple(end[image] for end in root.bounds[0])
+def ball_of(root: Root, domains: Table) -> Box:
+    """The input boxes of the domains: the balls of their images, or parts of these."""
+    if f"low.{INPUT}" in domains:
+        return domains[f"low.{INPUT}"], domains[f"high.{INPUT}"]
+    return tuple(end[domains["image"]] for end in root.bounds[0])
+
+
+def with_inputs(root: Root, domains: Table) -> Table:
+    """The domains with columns for their input boxes, which only a split of the input needs: they are large."""
+    low, high = ball_of(root, domains)
+    return domains | {f"low.{INPUT}": low, f"high.{INPUT}": high}
+
+
+def widest_input(forms: list[Tensor], box: Box) -> tuple[Tensor, Tensor]:
+    """The input along which forms `(B, *image)` change most in their box, and whether any does, two `(B,)`."""
+    change = sum(form.abs() for form in forms) * (box[1] - box[0])
+    most, unit = change.flatten(1).max(1)
+    return unit, most > 0
 
 
 def logit_size(roots: tuple[Root, ...], image: Tensor) -> Tensor:
@@ -161,9 +178,16 @@ def loose_units(
 
 
 def halve_domains(domains: Table, network: Tensor, layer: Tensor, unit: Tensor) -> Table:
-    """Both halves of each domain, all first ones (the unit is on) before all second ones (it is off)."""
-    count = len(unit)
-    halves = join(domains, domains)
+    """Both halves of each domain, all first ones (the unit is on) before all second ones (it is off).
+
+    Of the input ("layer 0 of network BOTH"): the upper half before the lower one; both hold the middle.
+    """
+    count, here = len(unit), torch.arange(len(unit))
+    halves, cut = join(domains, domains), torch.zeros(len(unit), dtype=torch.float64)
+    if (network == BOTH).any():
+        low, high = (domains[f"{end}.{INPUT}"].flatten(1) for end in ("low", "high"))
+        middle = (low + high)[here, unit.clamp(max=low.shape[1] - 1)] / 2
+        cut = torch.where(network == BOTH, middle, cut)
     for name in domains:
         if name == "image":
             continue
@@ -171,9 +195,9 @@ def halve_domains(domains: Table, network: Tensor, layer: Tensor, unit: Tensor) 
         hit = ((network == int(q)) & (layer == int(k))).nonzero()[:, 0]
         column = halves[name].flatten(1)
         if what == "low":
-            column[hit, unit[hit]] = column[hit, unit[hit]].clamp(min=0)
+            column[hit, unit[hit]] = torch.maximum(column[hit, unit[hit]], cut[hit])
         elif what == "high":
-            column[hit + count, unit[hit]] = column[hit + count, unit[hit]].clamp(max=0)
+            column[hit + count, unit[hit]] = torch.minimum(column[hit + count, unit[hit]], cut[hit])
         else:
             column[hit, unit[hit]], column[hit + count, unit[hit]] = 1.0, -1.0
     return halves
@@ -186,18 +210,20 @@ def meet(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rebox(roots: tuple[Root, ...], domains: Table, network: Tensor, layer: Tensor) -> tuple[Table, Tensor]:
-    """Boxes behind the layer that was split, computed anew with the slopes of the whole ball; and empty domains."""
+    """Boxes behind what was split, computed anew with the slopes of the whole ball; and which domains are empty."""
     empty = torch.zeros(len(network), dtype=torch.bool)
     for root in roots:
-        for k in root.slopes:
-            hit = ((network == root.q) & (layer < k)).nonzero()[:, 0]
-            if f"low.{root.q}.{k}" not in domains or not len(hit):
+        for k in root.relus:
+            # behind the first affine layer a box is exact until the input is split
+            behind = (network == root.q) & (layer < k) & (k in root.slopes)
+            hit = ((network == BOTH) | behind).nonzero()[:, 0]
+            if not len(hit):
                 continue
             mine = pick(domains, hit)
             box = mine[f"low.{root.q}.{k}"], mine[f"high.{root.q}.{k}"]
-            slopes = {j: part[mine["image"]] for j, part in root.slopes[k].items()}
+            slopes = {j: part[mine["image"]] for j, part in root.slopes.get(k, {}).items()}
             lines = lines_of(root, mine, upto=k)
-            box, _ = refine(root.network, lines, ball_of(root, mine["image"]), box, k, slopes=slopes)
+            box, _ = refine(root.network, lines, ball_of(root, mine), box, k, slopes=slopes)
             low, high, gone = meet(*box)
             domains[f"low.{root.q}.{k}"][hit], domains[f"high.{root.q}.{k}"][hit] = low, high
             empty[hit] |= gone.flatten(1).any(1)

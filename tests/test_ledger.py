@@ -1,0 +1,319 @@
+"""The ledger: intervals, verdicts on numbers and claims, all on frames made by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from faithkd import experiment, figures, ledger, paper, params, tables
+from faithkd.paper import STUDENTS
+
+
+def margins(by_pair: dict[str, list[float]], eps: str = "0.1", images: int = 2) -> pd.DataFrame:
+    """Margins as `by_radius` wants them: a value per seed for each pair, the same on all images."""
+    rows = [
+        (eps, pair, seed, image, value)
+        for pair, values in by_pair.items()
+        for seed, value in enumerate(values)
+        for image in range(images)
+    ]
+    return pd.DataFrame(rows, columns=["eps", "pair", "seed", "image", "margin"])
+
+
+def one_radius(**by_pair: list[float]) -> pd.Series:
+    return ledger.by_radius(margins(by_pair)).iloc[0]
+
+
+def robustness(shares: dict[str, list[float]], radii=("0", "0.1", "0.2"), images: int = 100) -> pd.DataFrame:
+    """Per method and seed the share of images that withstand, at every radius; agreement is the same."""
+    rows = []
+    for method, by_seed in shares.items():
+        for seed, share in enumerate(by_seed):
+            held = np.arange(images) < share * images
+            for eps in radii:
+                part = pd.DataFrame({"image": range(images), "robust": held, "agrees": held})
+                rows.append(part.assign(dataset="mnist", eps=eps, method=method, seed=seed))
+    return pd.concat(rows, ignore_index=True)
+
+
+def faithfulness(ends: dict[tuple[str, str], tuple[float, float]], seeds: int = 3, images: int = 4) -> pd.DataFrame:
+    """Per (eps, method) EmpLB and FaithUB, with a little noise from seed to seed and image to image."""
+    noise = np.random.default_rng(0)
+    rows = [
+        ("mnist", eps, method, seed, image, low + drift, high + drift)
+        for (eps, method), (low, high) in ends.items()
+        for seed in range(seeds)
+        for image in range(images)
+        for drift in [1e-4 * noise.standard_normal()]
+    ]
+    return pd.DataFrame(rows, columns=["dataset", "eps", "method", "seed", "image", "EmpLB", "FaithUB"])
+
+
+# --- several seeds
+
+
+def test_each_repeat_has_a_seed_of_its_own():
+    p = params.load("smoke", {"seed": 4, "repeats": 3})
+    assert [q.seed for q in experiment.repeats(p)] == [4, 5, 6]
+    frame = experiment.over_seeds(p, lambda q, add: pd.DataFrame({"value": [q.seed + add]}), add=10)
+    assert frame.to_dict("list") == {"value": [14, 15, 16], "seed": [4, 5, 6]}
+
+
+def test_networks_do_not_depend_on_how_often_they_are_repeated(monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        experiment.store, "network", lambda kind, depends, *rest, name: kept.append(depends) or (None, None)
+    )
+    for repeats in (1, 5):
+        experiment.trained(params.load("smoke", {"repeats": repeats}), "RT")
+    assert kept[0] == kept[1]
+
+
+# --- cells
+
+
+def test_every_cell_of_the_paper_is_named_once():
+    cells = ledger.papers()
+    assert not cells.duplicated(ledger.KEYS).any() and cells["paper"].notna().all()
+    assert cells.groupby("table").size().to_dict() == {
+        "accuracy": 15, "table1": 18 * 9, "table2": 2 * 120, "table3": 6, "table5": 2 * 26,
+    }  # fmt: skip
+    found = cells.set_index(ledger.KEYS)["paper"]
+    assert found["table1", "mnist", "0.2", "agreement", "FD"] == 91.1
+    assert found["table2", "cifar10", "8/255", "FaithUB", "SD"] == 0.983
+    assert found["table5", "cifar10", "8/255", "std of FaithUB", "α = 0.75"] == 0.132
+    assert found["table3", "fashion_mnist", "8/255", "PGD-1 of PGD-50", "FD"] == pytest.approx(
+        100 * (0.05060 / 0.07111 + 0.1240 / 0.1439) / 2
+    )
+
+
+def cell(values: list[float], theirs: float, monkeypatch, table: str = "table2") -> pd.Series:
+    """The ledger's row for one number of the paper and ours of each seed."""
+    key = dict(zip(ledger.KEYS, (table, "mnist", "0.1", "EmpLB", "FD"), strict=True))
+    monkeypatch.setattr(ledger, "papers", lambda: pd.DataFrame([key | {"paper": theirs}]))
+    frame = pd.DataFrame([key | {"seed": seed, "value": value} for seed, value in enumerate(values)])
+    return ledger.cells(frame).iloc[0]
+
+
+def test_intervals_are_those_of_the_t_distribution(monkeypatch):
+    row = cell([0.09, 0.10, 0.11], 0.2, monkeypatch)
+    assert row["ours"] == pytest.approx(0.1) and row["seeds"] == 3
+    assert row["high"] - row["ours"] == pytest.approx(4.302653 * 0.01 / np.sqrt(3))
+    reach = pytest.approx(4.302653 * 0.01 * np.sqrt(4 / 3))
+    assert row["most"] - row["ours"] == reach and row["ours"] - row["least"] == reach
+    assert row["difference"] == pytest.approx(-0.1) and row["relative"] == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "theirs", "table", "verdict"),
+    [
+        ([0.100, 0.101, 0.102], 0.102, "table2", "within"),
+        ([0.100, 0.101, 0.102], 0.108, "table2", "below"),
+        ([0.100, 0.101, 0.102], 0.094, "table2", "above"),
+        ([0.05, 0.10, 0.15], 0.11, "table2", "undecided"),  # inside, but anything would be
+        ([0.09, 0.10, 0.11], 0.9, "table2", "below"),  # outside of a wide interval is outside
+        ([0.1], 0.1, "table2", "undecided"),
+        ([1.0, 1.0, 1.0], 1.0, "table2", "within"),
+        ([0.9996, 0.9996, 0.9996], 1.0, "table2", "within"),  # as the paper rounds
+        ([0.9994, 0.9994, 0.9994], 1.0, "table2", "below"),
+        ([0.0, 0.0, 0.0], 0.0, "table2", "within"),
+        ([89.8, 90.0, 90.2], 90.9, "table1", "within"),
+        ([88.0, 90.0, 92.0], 91.0, "table1", "undecided"),  # ± 9.9 points
+        ([89.8, 90.0, 90.2], 92.0, "table1", "below"),
+    ],
+)
+def test_verdicts_on_a_number(values, theirs, table, verdict, monkeypatch):
+    assert cell(values, theirs, monkeypatch, table)["verdict"] == verdict
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_one_run_in_twenty_lies_outside(seeds, monkeypatch):
+    """If the paper's run is one of ours, the prediction interval misses it in 5 % of the cases."""
+    count, chance = 4000, np.random.default_rng(7)
+    names = pd.DataFrame({"table": "table3", "dataset": "mnist", "eps": "0.1", "measure": "m", "method": range(count)})
+    monkeypatch.setattr(ledger, "papers", lambda: names.assign(paper=50 + chance.standard_normal(count)))
+    runs = [names.assign(seed=seed, value=50 + chance.standard_normal(count)) for seed in range(seeds)]
+    outside = ledger.cells(pd.concat(runs))["verdict"].isin(["above", "below"]).mean()
+    assert 0.04 < outside < 0.06
+
+
+def test_cells_are_the_tables_of_each_seed():
+    frames = {"SD": [0.6, 0.7], "ARD": [0.8, 0.8], "RSLAD": [0.9, 0.9], "FD": [0.9, 0.8], "RT": [1.0, 1.0]}
+    held = robustness(frames, radii=("0", "0.1"))
+    bounds = faithfulness({("0.1", m): (0.1, 0.3) for m in STUDENTS}, seeds=2)
+    clean = pd.DataFrame({"dataset": "mnist", **{m: [97.0, 97.2] for m in ("RT", *STUDENTS)}, "seed": [0, 1]})
+    cells = ledger.cells(ledger.per_seed(clean, held, bounds)).set_index(ledger.KEYS)
+    assert len(cells) == 5 + 2 * 9 + 2 * 2 * 4
+    row = cells.loc[("table1", "mnist", "0.1", "robust accuracy", "SD")]
+    assert (row["ours"], row["paper"], row["seeds"]) == (65, 88.7, 2)
+    row = cells.loc[("table2", "mnist", "0.1", "std of FaithUB", "FD")]
+    spread = bounds.query("method == 'FD'").groupby("seed")["FaithUB"].std(ddof=0)
+    assert row["ours"] == pytest.approx(spread.mean()) and row["paper"] == 0.305
+    assert cells.loc[("accuracy", "mnist", "0", "accuracy", "FD"), "difference"] == pytest.approx(97.1 - 97.14)
+    assert len(ledger.cells(ledger.per_seed(*(f.assign(dataset="digits") for f in (clean, held, bounds))))) == 0
+
+
+def test_the_summary_counts_every_cell(monkeypatch):
+    rows = [cell(values, 0.1, monkeypatch) for values in ([0.1, 0.101], [0.3, 0.301], [0.1])]
+    (row,) = ledger.summary(pd.DataFrame(rows)).to_dict("records")
+    assert [row[name] for name in ("cells", *ledger.VERDICTS)] == [3, 1, 1, 0, 1]
+    assert row["off"] == pytest.approx((0.5 + 200.5 + 0) / 3)
+
+
+# --- claims
+
+
+def test_a_claim_holds_only_against_every_rival():
+    assert one_radius(ARD=[1.0, 1.1, 1.2], SD=[3.0, 3.1, 3.2])["holds"] == "yes"
+    row = one_radius(ARD=[-0.5, 1.0, 2.5], SD=[3.0, 3.1, 3.2])
+    assert (row["holds"], row["pair"], row["shown"], row["margin"]) == ("open", "ARD", 2, 1.0)
+    row = one_radius(ARD=[-1.0, -1.1, -1.2], SD=[-9.0, 3.1, 3.2])
+    assert (row["holds"], row["pair"], row["shown"]) == ("no", "ARD", 0)
+
+
+def test_failing_against_one_of_many_needs_more():
+    """The more rivals, the likelier one is ahead by luck: the interval below 0 is widened for their number."""
+    behind = [-0.7, -1.0, -1.3]
+    assert one_radius(ARD=behind)["high"] < 0 and one_radius(ARD=behind)["holds"] == "no"
+    assert one_radius(ARD=behind, SD=[3.0] * 3, RSLAD=[3.0] * 3)["holds"] == "open"
+
+
+def test_seeds_that_happen_to_agree_do_not_hide_the_draw_of_the_images():
+    frame = margins({"SD": [1.0, 1.0, 1.0]})
+    assert ledger.by_radius(frame).iloc[0]["holds"] == "yes"
+    frame["margin"] += np.where(frame["image"] == 0, 5.0, -5.0)
+    assert ledger.by_radius(frame).iloc[0]["holds"] == "open"
+
+
+def test_one_seed_decides_nothing():
+    row = one_radius(SD=[5.0])
+    assert row["holds"] == "open" and row["shown"] == 1 and np.isnan(row["low"])
+
+
+@pytest.mark.parametrize(
+    ("holds", "shown", "seeds", "exceptions", "verdict"),
+    [
+        ("yes yes yes", "333", 3, 0, "reproduced"),
+        ("yes yes open", "332", 3, 0, "undecided"),
+        ("yes yes open", "332", 3, 1, "reproduced"),
+        ("yes yes no", "330", 3, 0, "not reproduced"),
+        ("yes yes no", "330", 3, 1, "reproduced"),
+        ("yes no no", "300", 3, 1, "not reproduced"),
+        ("open open open", "003", 3, 0, "not reproduced"),
+        ("open open open", "033", 3, 0, "undecided"),
+        ("open open open", "001", 1, 0, "undecided"),
+        ("open", "3", 3, 1, "undecided"),  # an exception to a single radius would be the whole claim
+        ("", "", 3, 0, "undecided"),
+    ],
+)
+def test_verdicts_on_a_claim(holds, shown, seeds, exceptions, verdict):
+    radii = pd.DataFrame({"holds": holds.split(), "shown": list(map(int, shown)), "seeds": seeds})
+    assert ledger.judge(radii, exceptions) == verdict
+
+
+def test_leads_are_paired_and_keep_the_order_of_the_radii():
+    frame = faithfulness({(eps, m): (0.1 * k, 0.2 * k) for eps in ("8/255", "16/255") for k, m in enumerate(STUDENTS)})
+    found = ledger.lead(frame, "EmpLB", ["SD"])
+    assert list(dict.fromkeys(found["eps"])) == ["8/255", "16/255"]
+    assert found.groupby("pair")["margin"].mean().round(3).tolist() == [0.1, 0.3, 0.2]  # against ARD, FD, RSLAD
+    held = robustness({"SD": [0.5], "FD": [0.75]})
+    assert ledger.lead(held, "robust", ["FD"], ["SD"])["margin"].mean() == 25
+
+
+def test_bounds_at_their_ceiling_are_not_compared():
+    ends = {("0.1", m): (0.1, 0.5) for m in STUDENTS} | {("0.2", m): (0.1, 0.999) for m in STUDENTS}
+    ends["0.2", "ARD"] = (0.1, 0.9)
+    found = ledger.lead(faithfulness(ends), "FaithUB", ["FD"])
+    assert set(found.query("eps == '0.2'")["pair"]) == {"FaithUB: FD against ARD"}
+    assert found.query("eps == '0.1'")["pair"].nunique() == 3
+
+
+def steps_frame(values: dict[str, list[float]], seed: int) -> pd.DataFrame:
+    """EmpLB of one image by steps, for RSLAD and FD."""
+    rows = [(m, n, 7, v) for m, found in values.items() for n, v in zip((1, 5), found, strict=True)]
+    frame = pd.DataFrame(rows, columns=["method", "steps", "image", "EmpLB"])
+    return frame.assign(seed=seed, eps="8/255", dataset="fashion_mnist")
+
+
+def test_flips_by_float_noise_do_not_count():
+    clear = {"RSLAD": [0.1, 0.3], "FD": [0.2, 0.2]}
+    noise = {"RSLAD": [0.1, 0.30000001], "FD": [0.2, 0.3]}
+    assert ledger.flipping(steps_frame(clear, 0))["margin"].tolist() == [100]
+    assert ledger.flipping(steps_frame(noise, 0))["margin"].tolist() == [0]
+
+
+def whole(dataset: str, steps=None) -> pd.DataFrame:
+    held = robustness({"RT": [0.9] * 3, "SD": [0.2] * 3, "ARD": [0.6] * 3, "RSLAD": [0.95] * 3, "FD": [0.7] * 3})
+    size = {"SD": 0.3, "ARD": 0.2, "RSLAD": 0.15, "FD": 0.1}
+    ends = {(eps, m): (size[m] * k, 2 * size[m] * k) for k, eps in enumerate(("0.1", "0.2"), 1) for m in STUDENTS}
+    return ledger.claims(dataset, held, faithfulness(ends), steps)
+
+
+def test_the_claims_are_those_of_the_data_set():
+    mnist = whole("mnist").drop_duplicates("claim").set_index("claim")
+    assert list(mnist.index) == ["C1", "C2", "C3", "C4", "C5", "C8"] and mnist["claimed"].all()
+    assert mnist["verdict"].to_dict() == {
+        "C1": "reproduced", "C2": "reproduced", "C3": "not reproduced",
+        "C4": "reproduced", "C5": "reproduced", "C8": "reproduced",
+    }  # fmt: skip
+    assert whole("mnist").query("claim == 'C3'")["eps"].tolist() == ["0.2"], "all but the smallest ε"
+    assert whole("cifar10").query("claim == 'C3'")["eps"].tolist() == ["0.1", "0.2"]
+    assert "C2" not in set(whole("cifar10")["claim"])
+    fashion = whole("fashion_mnist").drop_duplicates("claim").set_index("claim")
+    assert fashion.loc["C3", "verdict"] == "reproduced" and fashion.loc["C4", "verdict"] == "not reproduced"
+    assert "RSLAD" in fashion.loc["C4", "text"] and not whole("digits")["claimed"].any()
+
+
+def test_an_order_that_flips_in_every_seed_is_enough():
+    clear, calm = {"RSLAD": [0.1, 0.3], "FD": [0.2, 0.2]}, {"RSLAD": [0.1, 0.1], "FD": [0.2, 0.2]}
+    for kinds, holds in (((clear, clear), "yes"), ((clear, calm), "open"), ((calm, calm), "no"), ((clear,), "yes")):
+        steps = pd.concat([steps_frame(values, seed) for seed, values in enumerate(kinds)], ignore_index=True)
+        (row,) = whole("fashion_mnist", steps).query("claim == 'C6'").to_dict("records")
+        assert row["holds"] == holds and row["eps"] == "8/255"
+
+
+def test_a_larger_alpha_must_lower_both_bounds():
+    ends = {("0.1", 0.5): (0.3, 0.6), ("0.1", 0.75): (0.4, 0.7), ("0.1", 1.0): (0.2, 0.5)}
+    alphas = faithfulness(ends).rename(columns={"method": "alpha"})
+    held, bounds = (
+        robustness({m: [0.5] * 3 for m in ("RT", *STUDENTS)}),
+        faithfulness({("0.1", m): (0.1, 0.2) for m in STUDENTS} | {("0.2", m): (0.1, 0.2) for m in STUDENTS}),
+    )
+    (row,) = ledger.claims("cifar10", held, bounds, alphas=alphas).query("claim == 'C7'").to_dict("records")
+    assert row["verdict"] == "reproduced" and row["margin"] == pytest.approx(0.1, abs=1e-3)
+    assert row["pair"].endswith("1.0 against 0.5")
+
+
+# --- what is shown
+
+
+def test_the_claims_fit_a_table():
+    found = whole("mnist")
+    cells, bold = tables.layout(found, "claims")
+    assert [label.split()[0] for label in cells.index] == list(dict.fromkeys(found["claim"]))
+    assert cells["verdict", "3 seeds"].tolist()[:3] == ["reproduced", "reproduced", "not reproduced"]
+    group = cells.columns[0][0]
+    assert cells[group, "0.1"].iloc[0] == "✓ +40.0\n[3 of 3]" and bold[group, "0.1"].iloc[0]
+    assert cells[group, "0.1"].iloc[2] == "", "the paper makes no such claim at the smallest ε"
+
+
+@pytest.mark.parametrize(("dataset", "panels"), [("mnist", 4), ("cifar10", 6)])
+def test_the_picture_shows_every_cell_beside_the_papers(dataset, panels):
+    theirs = ledger.papers().query("dataset == @dataset")
+    values = [theirs.rename(columns={"paper": "value"}).assign(seed=seed) for seed in range(2)]
+    cells = ledger.cells(pd.concat(values))
+    assert set(cells["verdict"]) == {"within"}
+    figure = figures.beside_paper(cells)
+    assert len(figure.axes) == panels
+    drawn = sum(len(line.get_xdata()) for axes in figure.axes for line in axes.lines if line.get_marker() == "_")
+    wanted = cells[~cells["measure"].str.startswith("std") & ~cells["table"].isin(["accuracy", "table3"])]
+    assert drawn == len(wanted)
+
+
+def test_a_single_radius_leaves_out_what_needs_two():
+    held = robustness({m: [0.5] * 2 for m in ("RT", *STUDENTS)}, radii=("0", "0.1"))
+    found = ledger.claims("digits", held, faithfulness({("0.1", m): (0.1, 0.999) for m in STUDENTS}, seeds=2))
+    assert list(dict.fromkeys(found["claim"])) == ["C1", "C2", "C4"], "no smaller ε for C3 and C8, all at the ceiling"
+
+
+def test_the_paper_has_every_claimed_data_set():
+    assert set(paper.table("accuracy")["dataset"]) == {"mnist", "fashion_mnist", "cifar10"}
