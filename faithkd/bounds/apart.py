@@ -31,7 +31,7 @@ from faithkd.bounds.tree import (
 )
 
 NEARLY = 0.9  # a bound above this share of eq. (11) gains nothing yet from the shared input
-WIDTH = 8  # domains of one image and network that are split at once: those with the worst range
+WIDTH = 4  # domains of one image and network that are split at once: those with the worst range
 
 
 def separate(odds: tuple) -> Tensor:
@@ -56,16 +56,32 @@ def search(
     images, classes = roots[0].odds[0].shape
     made, stuck = torch.zeros(images, dtype=torch.long), torch.zeros(images, dtype=torch.bool)
     while True:
-        bound = separate(ranges(trees, images))
+        odds = ranges(trees, images)
+        bound = separate(odds)
         value, place = torch.where(cap < NEARLY * bound, 0.0, bound).flatten(1).max(1)
         busy = (value > goal) & (made < nodes) & ~stuck
         if not busy.any() or time.monotonic() > deadline:
             return trees, made
         order, label = place // classes, place % classes
-        grown = [grow(root, tree, busy, order == root.q, label) for root, tree in zip(roots, trees, strict=True)]
+        turn = steeper(trees, odds, order, label)
+        both = zip(roots, trees, strict=True)
+        grown = [grow(root, tree, busy & (turn == root.q), order == root.q, label) for root, tree in both]
         trees = [tree for tree, _ in grown]
         fresh = torch.bincount(torch.cat([image for _, image in grown]), minlength=images)
         made, stuck = made + fresh, stuck | (busy & (fresh == 0))
+
+
+def steeper(trees: list[Table], odds: list, order: Tensor, label: Tensor) -> Tensor:
+    """The network to split next, `(N,)`: where sig is steeper at the end of m that counts, divided by the tree's size.
+
+    So near to 0 or 1 a network is left alone. What a tree gains is about the same each time that it doubles.
+    """
+    here, gains = torch.arange(len(label)), []
+    for q, (tree, (low, high)) in enumerate(zip(trees, odds, strict=True)):
+        end = torch.where(order == q, high[here, label], low[here, label])
+        size = torch.bincount(tree["image"], minlength=len(label))
+        gains.append(torch.sigmoid(end) * torch.sigmoid(-end) / size)
+    return (gains[1] > gains[0]).long()
 
 
 def ranges(trees: list[Table], images: int) -> list[tuple[Tensor, Tensor]]:
@@ -96,9 +112,11 @@ def grow(root: Root, tree: Table, busy: Tensor, upper: Tensor, label: Tensor) ->
     """
     image = tree["image"]
     high, low = (torch.sigmoid(tree[name].gather(1, label[image][:, None])[:, 0]) for name in ("high", "low"))
-    width = (torch.bincount(image, minlength=len(busy)) // 8).clamp(min=WIDTH)
+    width = (torch.bincount(image, minlength=len(busy)) // 16).clamp(min=WIDTH)
     chosen = (rank_in(image, torch.where(upper[image], high, -low)) < width[image]) & busy[image]
     parents = pick(tree, chosen)
+    if not chosen.any():
+        return tree, image[chosen]
     network, layer, unit, found = loosest(root, parents, upper[parents["image"]], label[parents["image"]])
     chosen[chosen.clone()] = found
     if (network[found] == BOTH).any():

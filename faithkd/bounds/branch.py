@@ -71,7 +71,7 @@ def start(
     for q, root in enumerate(roots):
         for k in root.relus:
             domains[f"phase.{q}.{k}"] = torch.zeros_like(root.bounds[k][0])
-            rows[f"slope.{q}.{k}"] = root.lines[k].below[rows["domain"], 0]
+            rows[f"slope.{q}.{k}"] = root.lines[k].below[rows["domain"], 0].float()
             rows[f"push.{q}.{k}"] = torch.zeros_like(rows[f"slope.{q}.{k}"])
     rows = descend(roots, domains, rows, steps)
     rows.pop("x")
@@ -104,7 +104,8 @@ def certify(
         second = leaves.upper
         leaves, together = search(roots, leaves, tolerance, (1 - share) * room, deadline)
         gains = torch.stack([(first - second) / alone.clamp(min=1), (second - leaves.upper) / together.clamp(min=1)])
-        share = (gains[0] / gains.sum(0).clamp(min=1e-12)).clamp(0.1, 0.9)
+        gains = gains**2
+        share = (gains[0] / gains.sum(0).clamp(min=1e-24)).clamp(0.05, 0.95)
         made = made + alone + together
         if watch is not None:
             watch(leaves.upper, made)

@@ -18,11 +18,10 @@ A table of rows is a dictionary of columns, one entry per row:
     range `(B, 4)`: a_U, b_U, a_L, b_L;   near `(B, 2, C)`: range of z_j - z_r in L
     w `(B, C)` (log-weights), k `(B, 2)` (ln k, ln k'), s `(B,)`, cut `(B, C)` (multipliers of `near`)
     slope.q.k and push.q.k `(B, *shape)`: of ReLU layer k of network q (0: teacher): its lower slopes, and
-    the multipliers of the phases that a branch has fixed
+    the multipliers of the phases that a branch has fixed; most of a table, so in float32
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from faithkd.bounds.linear import Adam, Box, Lines, keep_better, over_ball, pull
 from faithkd.bounds.network import Network, single
 
 Table = dict[str, Tensor]
-RATES = {"w": 0.25, "v": 0.25, "mix": 0.5, "k": 0.25, "s": 0.25, "cut": 0.05, "slope": 0.25, "push": 0.05}
+RATES = {"w": 0.25, "k": 0.25, "s": 0.25, "cut": 0.05, "slope": 0.25, "push": 0.05}
 FALL = 0.9
 ROUNDING = 2.0**-44  # hundreds of times what the few operations on a row's coefficients can be off by
 
@@ -150,7 +149,6 @@ def bound(
     rows: Table,
     phases: Table,
     size: Tensor,
-    forms: Callable = forms,
 ) -> tuple[Tensor, Tensor]:
     """Upper bound of each row, `(B,)`, and its linear form on x, `(B, *image)`. All arguments are per row."""
     *logit_rows, constant = forms(rows, size)
@@ -176,7 +174,6 @@ def tighten(
     phases: Table,
     size: Tensor,
     steps: int,
-    forms: Callable = forms,
 ) -> Table:
     """The rows with the smallest bound met on `steps` of descent over all that is free, and the point that attains it.
 
@@ -195,7 +192,7 @@ def tighten(
         for part in free.values():
             part.requires_grad_(step < steps)
         with torch.enable_grad():
-            found, _ = bound(rough_pair, rough_lines, rough_box, rough | free, rough_phases, size.float(), forms)
+            found, _ = bound(rough_pair, rough_lines, rough_box, rough | free, rough_phases, size.float())
             if step < steps:
                 gradients = torch.autograd.grad(found[found.isfinite()].sum(), list(free.values()))
         value = keep_better(value, found.detach(), kept, free)
@@ -203,10 +200,10 @@ def tighten(
             rates = [RATES[name.partition(".")[0]] * FALL**step for name in free]
             adam.step([part.nan_to_num(0.0) for part in gradients], rates)
             project(free)
-    rows = rows | {name: part.double() for name, part in kept.items()}
-    value, form = bound(pair, lines, box, rows, phases, size, forms)
-    value = torch.minimum(value, rows["value"])
-    return rows | {"value": value, "x": torch.where(form > 0, box[1], box[0])}
+    exact = rows | {name: part.double() for name, part in kept.items()}
+    value, form = bound(pair, lines, box, exact, phases, size)
+    rows = rows | {name: part.to(rows[name]) for name, part in kept.items()}
+    return rows | {"value": torch.minimum(value, rows["value"]), "x": torch.where(form > 0, box[1], box[0])}
 
 
 def project(free: Table) -> None:
