@@ -158,6 +158,11 @@ MISTAKES = {
         "pick(join(parents, parents) | halves, ~empty)",
         "pick(join(parents, parents) | halves, ~empty & (torch.arange(len(empty)) < len(layer)))",
     ),
+    "a network whose turn it is not loses its tree": (
+        "apart",
+        "return tree, image[chosen]",
+        "return pick(tree, chosen), image[chosen]",
+    ),
     "up and down are exchanged": ("apart", "up, down = over_ball", "down, up = over_ball"),
     # branch and bound
     "the bound is the smallest leaf": (
