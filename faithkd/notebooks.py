@@ -270,7 +270,26 @@ def readme(text: str) -> str:
         text, found = block.subn(lambda match, rows=rows: match[1] + "".join(rows), text)
         if found != 1:
             raise NotebookError(f"README.md must hold one block `<!-- {name}: … -->` with a table's two head lines")
+    return _renewed("README.md", text, "bounds", _measured())
+
+
+def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
+    """The page's text with what stands between the comments of its block `name` replaced."""
+    block = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+    text, found = block.subn(lambda match: match[1] + "".join(f"{line}\n" for line in lines), text)
+    if found != 1:
+        raise NotebookError(f"{page} must hold one block `<!-- {name}: … -->` up to `<!-- end of {name} -->`")
     return text
+
+
+def _measured() -> list[str]:
+    """What `python -m benchmarks.bounds` found on MNIST: bounds and cost, tightness over time, aims; see its README."""
+    folder = paths.ROOT / "benchmarks" / "results"
+    if not (folder / "bounds-mnist.md").is_file():
+        return []
+    bounds, aims = ((folder / f"{name}-mnist.md").read_text(encoding="utf-8").strip() for name in ("bounds", "aims"))
+    picture = "![Gap closed over seconds an image, a panel for each radius](benchmarks/results/frontier-mnist.png)"
+    return [bounds, "", picture, "", "What we had set out to reach:", "", aims]
 
 
 def _contents() -> list[str]:
@@ -310,11 +329,7 @@ def _expectations() -> list[str]:
 
 def paper_page(text: str) -> str:
     """PAPER.md with its block `ledger` made anew: what the committed figures say of the paper's claims and numbers."""
-    block = re.compile(r"(<!-- ledger: [^\n]*-->\n).*?(?=<!-- end of ledger -->)", re.DOTALL)
-    text, found = block.subn(lambda match: match[1] + "\n".join([*_claims(), "", *_numbers(), ""]), text)
-    if found != 1:
-        raise NotebookError("PAPER.md must hold one block `<!-- ledger: … -->` up to `<!-- end of ledger -->`")
-    return text
+    return _renewed("PAPER.md", text, "ledger", [*_claims(), "", *_numbers()])
 
 
 def _committed(name: str) -> dict:
