@@ -288,8 +288,13 @@ def _measured() -> list[str]:
     if not (folder / "bounds-mnist.md").is_file():
         return []
     bounds, aims = ((folder / f"{name}-mnist.md").read_text(encoding="utf-8").strip() for name in ("bounds", "aims"))
-    picture = "![Gap closed over seconds an image, a panel for each radius](benchmarks/results/frontier-mnist.png)"
-    return [bounds, "", picture, "", "What we had set out to reach:", "", aims]
+    pictures = {
+        "frontier": "Share of the gap closed over seconds an image, a panel for each radius",
+        "scaling": "Seconds an image by number of images, radius, width and depth",
+    }
+    shown = [f"![{what}](benchmarks/results/{name}-mnist.png)\n" for name, what in pictures.items()]
+    aims = ["<details><summary>What we had set out to reach</summary>\n", aims, "\n</details>"]
+    return [f"{bounds}\n", *shown, *aims]
 
 
 def _contents() -> list[str]:
