@@ -42,7 +42,7 @@ CERTIFIED = "certified"
 NOT_FINITE = "not finite: trivial bound 1"
 PIECE = 16  # images searched at once, and given to one process at a time
 DEFAULT_NODES, UNLIMITED = 1000, 10**9
-PARTS = 32_000  # of all images searched at once: at most half a gigabyte
+PARTS = 32_000  # of all images searched at once; one image alone may make more, and takes what it needs
 SPEED = 2000  # parts made in a second, at most
 
 
