@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import data, evaluation, losses, models, parallel, source, store, training
+from faithkd import data, evaluation, ledger, losses, models, parallel, source, store, training
 from faithkd.attacks import ball, search
 from faithkd.bounds import certified_agreement, faithfulness_upper_bound
 from faithkd.data import Split
 from faithkd.errors import FaithkdError
 from faithkd.losses import METHODS
 from faithkd.paper import STUDENTS
-from faithkd.params import Params, Ratio
+from faithkd.params import Params, Ratio, changed
 
 # Part of every measurement's key: no bound made by other code than today's is ever read back. Taken at import, as a
 # file may be edited while a long run still works with what it imported.
@@ -32,6 +32,8 @@ MEASURE = source.digest_files(
 # Never a function of the number of processes, on which no result may depend.
 PIECE = {"interval": 100, "crown": 100}
 SLOW_PIECE = 10
+
+AS_IS = "as in the profile"  # among `readings`, the parameters unchanged
 
 # Networks this small run faster on one thread, and their sums come out the same whatever else the machine does.
 torch.set_num_threads(1)
@@ -85,9 +87,12 @@ def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequ
     architecture = p.models.teacher if method == "RT" else p.models.student
     shape = data.SHAPES[p.data.name]
     guide = None if method == "RT" else teacher(p)
+    rule = METHODS.get(method, training.ADVERSARIAL)
+    if p.train.kl == "reverse" and method != "RT":
+        rule = losses.reversed_kl(rule)
 
     def make() -> nn.Sequential:
-        return models.build(architecture, shape, seed=p.seed)
+        return models.build(architecture, shape, seed=p.seed, initialisation=p.train.initialisation)
 
     def build(checkpoint):
         return training.fit(
@@ -97,7 +102,7 @@ def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequ
             data.test(p) if p.train.early_stopping == "test" else data.validation(p),
             settings,
             p.train,
-            method=METHODS.get(method),
+            method=rule,
             seed=p.seed,
             device=device(p),
             clip=data.clip_range(p),
@@ -107,7 +112,7 @@ def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequ
 
     depends = {
         "recipe": training.RECIPE,
-        "code": _code(method),
+        "code": _code(rule),
         "method": method,
         "seed": p.seed,
         "data": p.data.model_dump(mode="json", exclude={"test_images"}),
@@ -167,6 +172,20 @@ def faithfulness(p: Params, alphas: bool = False) -> pd.DataFrame:
     for (eps, method, alpha), part in zip(work, _brackets(p, guide, pairs, images), strict=True):
         names = {"eps": str(eps), "method": method} | ({} if alpha is None else {"alpha": alpha})
         parts.append(_named(p, part, images, **names))
+    return pd.concat(parts, ignore_index=True)
+
+
+def readings(p: Params) -> pd.DataFrame:
+    """Every cell of §6 and of Tables 1 and 2 under each of `ablation.readings`, and from each seed as the profile is.
+
+    One row per (reading, seed, table, eps, measure, method) with `value`, as `ledger.per_seed` has them; `reading` is
+    AS_IS for the seeds of `repeats`. Each reading trains its own teacher and students, from one seed.
+    """
+    runs = [(AS_IS, q) for q in repeats(p)] + [(text, changed(p, text)) for text in p.ablation.readings]
+    parts = []
+    for name, q in runs:
+        cells = ledger.per_seed(*(measure(q).assign(seed=q.seed) for measure in (accuracy, robustness, faithfulness)))
+        parts.append(cells.assign(reading=name))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -566,15 +585,14 @@ def _named(p: Params, part: pd.DataFrame, images: Split, **names) -> pd.DataFram
     return part
 
 
-def _code(method: str) -> str:
+def _code(method: losses.Method) -> str:
     """A digest of the loss and the attack as written: edit one, and it is trained anew."""
-    code = METHODS.get(method, training.ADVERSARIAL).code
-    if not code:
+    if not method.code:
         raise FaithkdError(
-            f"the source of {method}'s loss or attack cannot be read, so its networks could not be told from others; "
-            "define both with def in a file or a notebook cell"
+            f"the loss or the attack of {method.title} cannot be read as source, so its networks could not be told "
+            "from others; define both with def in a file or a notebook cell"
         )
-    return code
+    return method.code
 
 
 def _label(method: str, alpha: float | None) -> str:

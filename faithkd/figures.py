@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from faithkd import data, params, tables
+from faithkd import data, ledger, params, tables
 from faithkd.errors import FaithkdError
 from faithkd.paper import STUDENTS
 from faithkd.params import Params
@@ -420,6 +421,47 @@ def _beside_paper(axes, part: pd.DataFrame, by_alpha: bool) -> None:
 
 def _spread(count: int) -> np.ndarray:
     return np.linspace(-0.3, 0.3, count)
+
+
+def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
+    """`experiment.readings` as a picture: a panel for each (measure, method, ε), a row for each reading.
+
+    The grey band is the range over the seeds of the unchanged profile, the line the paper's value where it has one. A
+    value below half of the unchanged one would squeeze all others together: an arrow at the edge tells it in figures.
+    """
+    names, papers = list(dict.fromkeys(frame["reading"])), ledger.papers()
+    size = (WIDTH, 0.27 * len(names) + 1.1)
+    figure, grid = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axes, (measure, method, eps) in zip(grid[0], panels, strict=True):
+        part = _cells(frame, measure, method, eps)
+        theirs = _cells(papers[papers["dataset"] == part["dataset"].iloc[0]], measure, method, eps)["paper"]
+        own = part["value"][part["reading"] == names[0]]
+        far = part["value"] < 0.5 * own.mean()
+        values, places = part["value"].where(~far), part["reading"].map(names.index)
+        least, most = pd.concat([values, theirs]).min(), pd.concat([values, theirs]).max()
+        edge = 0.12 * (most - least) or 1.0
+        axes.axvspan(own.min(), own.max(), color="0.9", zorder=0)
+        axes.plot(values, places, MARKERS[method], color=COLOURS[method], ms=5)
+        for value in theirs:
+            axes.axvline(value, color=UPPER, lw=1.2, zorder=1)
+        for value, place in zip(part["value"][far], places[far], strict=True):
+            digits = 3 if measure in tables.BOUNDS else 1
+            axes.text(least, place, f"◂ {value:.{digits}f}", color=COLOURS[method], va="center", fontsize="x-small")
+        axes.set(xlim=(least - edge, most + edge), ylim=(len(names) - 0.4, -0.6))
+        axes.set_title(f"{method}: {measure.replace(' accuracy', '')}\n" + (f"ε = {eps}" if eps != "0" else "clean"))
+        axes.xaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
+        axes.tick_params(axis="x", labelsize="x-small")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    labels = [
+        ", ".join(part.removeprefix("train.").removeprefix("data.") for part in name.split(" ")) for name in names
+    ]
+    grid[0, 0].set_yticks(range(len(names)), [names[0], *labels[1:]])
+    return figure
+
+
+def _cells(cells: pd.DataFrame, measure: str, method: str, eps: str) -> pd.DataFrame:
+    return cells[(cells["measure"] == measure) & (cells["method"] == method) & (cells["eps"] == eps)]
 
 
 def strong(frame: pd.DataFrame) -> Figure:

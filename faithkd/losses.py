@@ -1,15 +1,23 @@
-"""The distillation losses: SD (1), ARD (4), RSLAD (5) and FD (12), each with its inner maximisation."""
+"""The distillation losses: SD (1), ARD (4), RSLAD (5) and FD (12), each with its inner maximisation.
+
+A loss is a function of two networks, images x and x_adv (N, *shape), labels y (N,), α and T, and gives the mean over
+the batch; what an inner maximisation ascends maps images (N, *shape) to one value each (N,).
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from inspect import signature
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from faithkd import source
+from faithkd.errors import FaithkdError
 
 Objective = Callable[[Tensor], Tensor]
+Divergence = Callable[..., Tensor]  # of (student's logits, teacher's logits, temperature), one value per image
 
 
 def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -23,57 +31,61 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0)
     return functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
 
 
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The other direction, KL(f_s ‖ f_t), the reading of L_KL(f_s, f_t) in eq. (1) from left to right. As `kl`."""
+    return kl(teacher_logits, student_logits, temperature)
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy with the labels, per image, L_CE of eq. (1). Logits (N, C), labels (N,) → (N,)."""
     return functional.cross_entropy(logits, y, reduction="none")
 
 
-def sd(student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, alpha: float, temperature: float):
+def sd(student, teacher, x, x_adv, y, alpha, temperature, divergence: Divergence = kl) -> Tensor:
     """Standard distillation, α T² L_KL(f_s(x;T), f_t(x;T)) + (1−α) L_CE(f_s(x;1), y), eq. (1). Mean over the batch."""
     logits = student(x)
-    soft = temperature**2 * kl(logits, teacher(x), temperature)
+    soft = temperature**2 * divergence(logits, teacher(x), temperature)
     return (alpha * soft + (1 - alpha) * cross_entropy(logits, y)).mean()
 
 
-def ard(student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, alpha: float, temperature: float):
+def ard(student, teacher, x, x_adv, y, alpha, temperature, divergence: Divergence = kl) -> Tensor:
     """Adversarially robust distillation, α T² L_KL(f_s(x+δ₀;T), f_t(x;T)) + (1−α) L_CE(f_s(x;1), y), eq. (4)."""
-    soft = temperature**2 * kl(student(x_adv), teacher(x), temperature)
+    soft = temperature**2 * divergence(student(x_adv), teacher(x), temperature)
     return (alpha * soft + (1 - alpha) * cross_entropy(student(x), y)).mean()
 
 
-def rslad(
-    student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, alpha: float, temperature: float
-):
+def rslad(student, teacher, x, x_adv, y, alpha, temperature, divergence: Divergence = kl) -> Tensor:
     """Robust soft label distillation, α L_KL(f_s(x+δ₀), f_t(x)) + (1−α) L_KL(f_s(x), f_t(x)), eq. (5).
 
     Eq. (5) has temperature 1 throughout and no factor T²; a temperature other than 1 is applied to both terms.
     """
     target = teacher(x)
-    soft = alpha * kl(student(x_adv), target, temperature) + (1 - alpha) * kl(student(x), target, temperature)
-    return soft.mean()
+    perturbed = divergence(student(x_adv), target, temperature)
+    clean = divergence(student(x), target, temperature)
+    return (alpha * perturbed + (1 - alpha) * clean).mean()
 
 
-def fd(student: nn.Module, teacher: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, alpha: float, temperature: float):
+def fd(student, teacher, x, x_adv, y, alpha, temperature, divergence: Divergence = kl) -> Tensor:
     """Faithful distillation, α T² L_KL(f_s(x+δ₀;T), f_t(x+δ₀;T)) + (1−α) L_CE(f_s(x;1), y), eq. (12)."""
-    soft = temperature**2 * kl(student(x_adv), teacher(x_adv), temperature)
+    soft = temperature**2 * divergence(student(x_adv), teacher(x_adv), temperature)
     return (alpha * soft + (1 - alpha) * cross_entropy(student(x), y)).mean()
 
 
-def attack_labels(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Objective:
+def attack_labels(student, teacher, x, y, divergence: Divergence = kl) -> Objective:
     """What ARD's δ₀ maximises: L_CE(f_s(x+δ), y), below eq. (4); also the inner problem of eq. (3)."""
     return lambda z: cross_entropy(student(z), y)
 
 
-def attack_soft_labels(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Objective:
+def attack_soft_labels(student, teacher, x, y, divergence: Divergence = kl) -> Objective:
     """What RSLAD's δ₀ maximises: L_KL(f_s(x+δ), f_t(x)), below eq. (5); the teacher stays at the clean image."""
     with torch.no_grad():
         target = teacher(x)
-    return lambda z: kl(student(z), target)
+    return lambda z: divergence(student(z), target)
 
 
-def attack_difference(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Objective:
+def attack_difference(student, teacher, x, y, divergence: Divergence = kl) -> Objective:
     """What FD's δ₀ maximises: L_KL(f_s(x+δ), f_t(x+δ)), below eq. (12); both networks see the perturbed image."""
-    return lambda z: kl(student(z), teacher(z))
+    return lambda z: divergence(student(z), teacher(z))
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,18 @@ class Method:
         # Now, not when it is asked for: the file may be edited while a long run still works with what it imported.
         parts = filter(None, (self.loss, self.attack, kl, cross_entropy))
         object.__setattr__(self, "code", source.digest(*parts))
+
+
+def reversed_kl(method: Method) -> Method:
+    """The method with KL(f_s ‖ f_t) in place of KL(f_t ‖ f_s), in its loss and in what its attack ascends."""
+    for part in filter(None, (method.loss, method.attack)):
+        if "divergence" not in signature(part).parameters:
+            raise FaithkdError(
+                f"train.kl=reverse: {part.__name__} of {method.title} has no argument `divergence`; "
+                "give it one, as in faithkd/losses.py, or set train.kl=forward"
+            )
+    attack = method.attack and partial(method.attack, divergence=reverse_kl)
+    return replace(method, loss=partial(method.loss, divergence=reverse_kl), attack=attack)
 
 
 METHODS = {

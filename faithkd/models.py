@@ -1,6 +1,7 @@
 """The paper's networks as plain `nn.Sequential` that return logits g(x); softmax only where the paper writes σ."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 
 import torch
@@ -38,13 +39,33 @@ def convolutional(filters: Sequence[int], hidden: Sequence[int], classes: int = 
     )
 
 
-def build(architecture, shape: Sequence[int], classes: int = 10, *, seed: int) -> nn.Sequential:
-    """A network with the architecture of the parameters, initialised by `seed` as PyTorch does by default."""
+INITIALISATIONS = {
+    "pytorch": None,  # what nn.Linear and nn.Conv2d do by themselves
+    "he": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    "glorot": nn.init.xavier_uniform_,
+}
+
+
+def build(
+    architecture, shape: Sequence[int], classes: int = 10, *, seed: int, initialisation: str = "pytorch"
+) -> nn.Sequential:
+    """A network with the architecture of the parameters and random weights that follow from `seed`.
+
+    `initialisation`: one of INITIALISATIONS; with "he" (He et al., 2015) and "glorot" (Glorot and Bengio, 2010) all
+    biases start at 0.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture.kind == "convolutional":
-            return convolutional(architecture.filters, architecture.hidden, classes)
-        return fully_connected(prod(shape), architecture.hidden, classes)
+            network = convolutional(architecture.filters, architecture.hidden, classes)
+        else:
+            network = fully_connected(prod(shape), architecture.hidden, classes)
+        if draw := INITIALISATIONS[initialisation]:
+            for layer in network:
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    draw(layer.weight)
+                    nn.init.zeros_(layer.bias)
+    return network
 
 
 def parameter_count(network: nn.Module) -> int:

@@ -158,6 +158,8 @@ class Train(Group):
     ramp_epochs: Whole
     momentum: Annotated[Ratio, Field(ge=0, lt=1)]
     early_stopping: Literal["validation", "test", "none"]
+    initialisation: Literal["pytorch", "he", "glorot"]
+    kl: Literal["forward", "reverse"]
     attack: Attack
     RT: Teacher
     SD: Student
@@ -223,9 +225,10 @@ class Bounds(Group):
 
 
 class Ablation(Group):
-    """Table 5."""
+    """Table 5, and overrides that fill what the paper leaves open in other ways, such as "train.kl=reverse"."""
 
     alpha: Annotated[list[Share], Field(min_length=1)]
+    readings: list[str]
 
 
 class Params(Group):
@@ -318,9 +321,21 @@ def load(profile: str = "digits", overrides=None) -> Params:
     if clash := {"profile", "overrides"} & raw.keys():
         raise ParamsError(f"{_short(path)}: {' and '.join(sorted(clash))} cannot be set in a profile")
     try:
-        return Params.model_validate({**raw, "profile": profile, "overrides": changes})
+        p = Params.model_validate({**raw, "profile": profile, "overrides": changes})
     except ValidationError as error:
         raise ParamsError(_explain(error, path, raw, changes)) from None
+    for place, text in enumerate(p.ablation.readings):
+        try:
+            changed(p, text)
+        except ParamsError as error:
+            where = "override" if "ablation.readings" in changes else _short(path)
+            raise ParamsError(f"{where}: ablation.readings[{place}], {text!r}:\n{error}") from None
+    return p
+
+
+def changed(p: Params, text: str) -> Params:
+    """The parameters with the overrides in `text`, as in "data.space=pixel data.clip=true", and no more readings."""
+    return load(p.profile, {**p.overrides, "seed": p.seed, **_parse(text.split()), "ablation.readings": []})
 
 
 def describe(p: Params):

@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 
@@ -29,10 +30,14 @@ def structure(node):
 def digest(*functions: Callable) -> str:
     """16 hexadecimal digits that change with what the functions do, wherever they are written, notebooks included.
 
-    Empty where the source of one cannot be read, as for functions typed into a bare interpreter.
+    A functools.partial counts as its function and the functions it fills in. Empty where the source of one cannot be
+    read, as for functions typed into a bare interpreter.
     """
+    written = []
+    for function in functions:
+        written += [function.func, *function.keywords.values()] if isinstance(function, partial) else [function]
     try:
-        trees = [structure(ast.parse(dedent(inspect.getsource(function)))) for function in functions]
+        trees = [structure(ast.parse(dedent(inspect.getsource(function)))) for function in written]
     except (OSError, TypeError, SyntaxError):  # a lambda inside an expression does not parse by itself
         return ""
     return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:16]

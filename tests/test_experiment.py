@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from faithkd import data, evaluation, experiment, figures, losses, paper, params, source, tables
+from faithkd import data, evaluation, experiment, figures, ledger, losses, paper, params, source, tables
 from faithkd.errors import FaithkdError
 from faithkd.losses import Method
 from faithkd.paper import STUDENTS
@@ -97,8 +97,25 @@ def test_measurements_follow_the_code_that_makes_them(p, monkeypatch, tmp_path):
 def test_a_loss_without_source_is_refused(p, monkeypatch):
     nameless = Method(eval("lambda *arguments: 0.0"), None, "typed in")
     monkeypatch.setitem(losses.METHODS, "SD", nameless)
-    with pytest.raises(FaithkdError, match="cannot be read"):
+    with pytest.raises(FaithkdError, match="cannot be read as source"):
         experiment.student(p, "SD")
+
+
+def test_readings_change_one_thing_and_everything_is_trained_anew(p):
+    frame = experiment.readings(p)
+    assert frame["reading"].unique().tolist() == [experiment.AS_IS, *p.ablation.readings]
+    as_is = frame[frame["reading"] == experiment.AS_IS]
+    assert sorted(as_is["seed"].unique()) == list(range(p.seed, p.seed + p.repeats))
+    own = ledger.per_seed(*(f(p).assign(seed=p.seed) for f in (experiment.accuracy, experiment.robustness)), None)
+    wide = {name: part.set_index([*ledger.KEYS, "seed"])["value"] for name, part in frame.groupby("reading")}
+    assert (wide[experiment.AS_IS].loc[own.set_index([*ledger.KEYS, "seed"]).index] == own["value"].to_numpy()).all()
+    reverse = params.changed(p, "train.kl=reverse")
+    assert experiment.fingerprint(experiment.teacher(reverse)) == experiment.fingerprint(experiment.teacher(p))
+    for method in ("SD", "FD"):
+        nets = [experiment.fingerprint(experiment.student(q, method)) for q in (p, reverse)]
+        assert nets[0] != nets[1], "another direction of KL, another student"
+    he = experiment.teacher(params.changed(p, "train.initialisation=he"))
+    assert experiment.fingerprint(he) != experiment.fingerprint(experiment.teacher(p))
 
 
 def test_unknown_methods_are_refused(p):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from faithkd import losses
+from faithkd.errors import FaithkdError
 from faithkd.losses import METHODS
 
 
@@ -80,6 +81,32 @@ def test_kl_is_teacher_from_student_and_summed_over_classes_averaged_over_images
     assert losses.kl(student, teacher).tolist() == pytest.approx(by_hand, rel=1e-5)
     other = losses.kl(teacher, student)
     assert not torch.allclose(other, losses.kl(student, teacher)), "the direction matters in this case"
+
+
+def test_the_other_direction_is_student_from_teacher_in_loss_and_attack():
+    by_hand = {  # at α = 1, T = 1: KL of the teacher's confidences from the student's
+        "SD": kl_by_hand([0.5, 0.5], [0.8, 0.2]),
+        "ARD": kl_by_hand([0.2, 0.8], [0.8, 0.2]),
+        "RSLAD": kl_by_hand([0.2, 0.8], [0.8, 0.2]),
+        "FD": kl_by_hand([0.2, 0.8], [0.6, 0.4]),
+    }
+    for name, method in METHODS.items():
+        reverse = losses.reversed_kl(method)
+        value = reverse.loss(STUDENT, TEACHER, CLEAN, PERTURBED, LABEL, 1.0, 1.0)
+        assert float(value) == pytest.approx(by_hand[name], rel=1e-12), name
+        assert reverse.code not in ("", method.code), "its networks have keys of their own"
+        if name in ("RSLAD", "FD"):
+            found = reverse.attack(STUDENT, TEACHER, CLEAN, LABEL)(PERTURBED)
+            assert found.tolist() == pytest.approx([by_hand[name]], rel=1e-12), name
+    assert losses.reversed_kl(METHODS["SD"]).attack is None
+
+
+def test_a_loss_of_ones_own_without_a_direction_cannot_be_reversed():
+    def plain(student, teacher, x, x_adv, y, alpha, temperature):
+        return losses.cross_entropy(student(x), y).mean()
+
+    with pytest.raises(FaithkdError, match=r"train.kl=reverse: plain of my own has no argument `divergence`"):
+        losses.reversed_kl(losses.Method(plain, None, "my own"))
 
 
 def random_pair(seed=0):

@@ -63,6 +63,22 @@ def test_the_seed_fixes_the_start_and_leaves_the_global_one_alone():
     assert not torch.equal(nets[0][1].weight, nets[2][1].weight)
 
 
+def test_initialisations_have_their_spread_and_no_bias():
+    """He: deviation √(2 / inputs); Glorot: uniform up to √(6 / (inputs + outputs))."""
+    architecture = params.load("mnist", {"models.teacher.hidden": [400, 300]}).models.teacher
+    nets = {
+        name: models.build(architecture, (1, 28, 28), seed=0, initialisation=name).requires_grad_(False)
+        for name in models.INITIALISATIONS
+    }
+    assert float(nets["he"][1].weight.std()) == pytest.approx((2 / 784) ** 0.5, rel=0.01)
+    assert float(nets["glorot"][3].weight.abs().max()) == pytest.approx((6 / 700) ** 0.5, rel=0.001)
+    for name in ("he", "glorot"):
+        assert all((layer.bias == 0).all() for layer in nets[name] if isinstance(layer, nn.Linear))
+    default = models.build(architecture, (1, 28, 28), seed=0).requires_grad_(False)
+    assert torch.equal(nets["pytorch"][1].weight, default[1].weight) and (default[1].bias != 0).any()
+    assert float(default[1].weight.abs().max()) == pytest.approx((1 / 784) ** 0.5, rel=0.001)
+
+
 def test_networks_return_logits():
     network = models.fully_connected(5, [4], 3)
     assert isinstance(network[-1], nn.Linear)

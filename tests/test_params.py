@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -275,6 +276,22 @@ def test_parameters_cannot_be_changed_after_loading():
     p = params.load("mnist")
     with pytest.raises(ValueError, match="frozen"):
         p.train.epochs = 1
+
+
+def test_readings_are_checked_with_everything_else():
+    p = params.load("mnist", {"train.epochs": 2})
+    q = params.changed(p.model_copy(update={"seed": 7}), "data.space=pixel data.clip=true")
+    assert (q.data.space, q.data.clip, q.train.epochs, q.seed, q.ablation.readings) == ("pixel", True, 2, 7, [])
+    assert q.train == p.train
+    for wrong, what in (
+        ("train.kl=revers", "must be 'forward' or 'reverse'"),
+        ("train.kll=reverse", "did you mean train.kl?"),
+        ("data.clip=true", "needs data.space=pixel"),
+        ("train.kl", "write name=value"),
+    ):
+        with pytest.raises(ParamsError, match=re.escape(what)) as caught:
+            params.load("mnist", {"ablation.readings": ["train.kl=reverse", wrong]})
+        assert f"ablation.readings[1], {wrong!r}" in str(caught.value)
 
 
 def test_ratio_keeps_its_text_and_is_a_number():
