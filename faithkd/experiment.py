@@ -118,7 +118,7 @@ def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequ
         "data": p.data.model_dump(mode="json", exclude={"test_images"}),
         "architecture": architecture.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json"),
-        "schedule": p.train.model_dump(mode="json", exclude={"RT", *METHODS}),
+        "schedule": p.train.model_dump(mode="json", exclude={"RT", *METHODS} | ({"kl"} if guide is None else set())),
         "teacher": guide and fingerprint(guide),
     }
     name = f"{p.data.name}-{_label(method, alpha)}-seed{p.seed}"
