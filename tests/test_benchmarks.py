@@ -230,6 +230,7 @@ def test_attacks_are_measured_and_written(tmp_path, capsys):
     assert loss["search"] >= loss["ascend"] - 1e-6 and pd.isna(loss["products"])
     trained = pd.read_csv(tmp_path / "training-digits.csv")
     assert trained["network"].tolist() == ["RT", *losses.METHODS] and (trained["batches_an_epoch"] == 19).all()
+    assert (trained["plainly"] > 0).all() and "plainly written" in (tmp_path / "training-digits.md").read_text()
     assert json.loads((tmp_path / "attacks-digits.json").read_text())["versions"]["torch"] == report.version("torch")
     printed = capsys.readouterr().out
     assert all(attackers.absent(name) in printed for name in attackers.ATTACKERS)
