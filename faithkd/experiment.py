@@ -64,12 +64,13 @@ def teacher(p: Params) -> nn.Sequential:
     return trained(p, "RT")[0]
 
 
-def student(p: Params, method: str, alpha: float | None = None) -> nn.Sequential:
+def student(p: Params, method: str, alpha: float | None = None, rule: losses.Method | None = None) -> nn.Sequential:
     """The student that `method` (one of SD, ARD, RSLAD, FD: eqs 1, 4, 5, 12) distils from the teacher of `p`.
 
-    `alpha` replaces the loss weighting α of the parameters (Table 5).
+    `alpha` replaces the loss weighting α of the parameters (Table 5); `rule`, a loss and an attack of your own,
+    replaces those of the method, whose learning rate, temperature and so on stay.
     """
-    return trained(p, method, alpha)[0]
+    return trained(p, method, alpha, rule)[0]
 
 
 def history(p: Params, method: str) -> pd.DataFrame:
@@ -77,8 +78,13 @@ def history(p: Params, method: str) -> pd.DataFrame:
     return trained(p, method)[1]
 
 
-def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequential, pd.DataFrame]:
-    """A network, "RT" or a student's method, and the history of its training: found in the store, or trained."""
+def trained(
+    p: Params, method: str, alpha: float | None = None, rule: losses.Method | None = None
+) -> tuple[nn.Sequential, pd.DataFrame]:
+    """A network, "RT" or a student's method, and the history of its training: found in the store, or trained.
+
+    `alpha` and `rule` as for `student`.
+    """
     settings = getattr(p.train, method, None)
     if settings is None or method not in ("RT", *METHODS):
         raise ValueError(f"no settings for {method!r} in the parameters; there are RT, {', '.join(METHODS)}")
@@ -87,9 +93,11 @@ def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequ
     architecture = p.models.teacher if method == "RT" else p.models.student
     shape = data.SHAPES[p.data.name]
     guide = None if method == "RT" else teacher(p)
-    rule = METHODS.get(method, training.ADVERSARIAL)
+    own, rule = rule is not None, rule or METHODS.get(method, training.ADVERSARIAL)
     if p.train.kl == "reverse" and method != "RT":
         rule = losses.reversed_kl(rule)
+
+    label = method + ("" if alpha is None else f"-alpha{alpha:g}") + ("-own" if own else "")
 
     def make() -> nn.Sequential:
         return models.build(architecture, shape, seed=p.seed, initialisation=p.train.initialisation)
@@ -107,7 +115,7 @@ def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequ
             device=device(p),
             clip=data.clip_range(p),
             checkpoint=checkpoint,
-            description=f"{p.profile}: training {_label(method, alpha)}",
+            description=f"{p.profile}: training {label}",
         )
 
     depends = {
@@ -121,7 +129,7 @@ def trained(p: Params, method: str, alpha: float | None = None) -> tuple[nn.Sequ
         "schedule": p.train.model_dump(mode="json", exclude={"RT", *METHODS} | ({"kl"} if guide is None else set())),
         "teacher": guide and fingerprint(guide),
     }
-    name = f"{p.data.name}-{_label(method, alpha)}-seed{p.seed}"
+    name = f"{p.data.name}-{label}-seed{p.seed}"
     return store.network("network", depends, build, make, name=name)
 
 
@@ -593,7 +601,3 @@ def _code(method: losses.Method) -> str:
             "from others; define both with def in a file or a notebook cell"
         )
     return method.code
-
-
-def _label(method: str, alpha: float | None) -> str:
-    return method if alpha is None else f"{method}-alpha{alpha:g}"

@@ -93,7 +93,8 @@ class Method:
     """A way to distil: `loss(student, teacher, x, x_adv, y, alpha, temperature)` → scalar, and the objective of δ₀.
 
     `attack(student, teacher, x, y)` returns what the inner maximisation ascends, or is None where x_adv = x. `code`
-    is a digest of both as written when the method was made; it is empty where the source cannot be read.
+    is a digest of both as written when the method was made, with `kl`, `cross_entropy` and what they use of their
+    own module; it is empty where the source cannot be read.
     """
 
     loss: Callable[..., Tensor]

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
+from types import CodeType
 
+CONSTANTS = (bool, int, float, complex, str, bytes, tuple)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -30,17 +32,41 @@ def structure(node):
 def digest(*functions: Callable) -> str:
     """16 hexadecimal digits that change with what the functions do, wherever they are written, notebooks included.
 
-    A functools.partial counts as its function and the functions it fills in. Empty where the source of one cannot be
-    read, as for functions typed into a bare interpreter.
+    The functions of the same module that they use count too, and so do plain constants that they name. A
+    functools.partial counts as its function and what it fills in. Empty where the source of one cannot be read, as for
+    functions typed into a bare interpreter.
     """
-    written = []
-    for function in functions:
-        written += [function.func, *function.keywords.values()] if isinstance(function, partial) else [function]
-    try:
-        trees = [structure(ast.parse(dedent(inspect.getsource(function)))) for function in written]
-    except (OSError, TypeError, SyntaxError):  # a lambda inside an expression does not parse by itself
-        return ""
-    return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:16]
+    todo, seen, said = list(functions), [], []
+    while todo:
+        function = todo.pop(0)
+        if isinstance(function, partial):
+            used = list(function.keywords.items())
+            todo += [function.func, *(f for _, f in used if callable(f))]
+        elif function in seen:
+            continue
+        else:
+            seen.append(function)
+            try:
+                said.append(structure(ast.parse(dedent(inspect.getsource(function)))))
+            except (OSError, TypeError, SyntaxError):  # a lambda inside an expression does not parse by itself
+                return ""
+            used = _used(function)
+            todo += [f for _, f in used if inspect.isfunction(f) and f.__module__ == function.__module__]
+        said.append([[name, repr(value)] for name, value in used if isinstance(value, CONSTANTS)])
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def _used(function) -> list[tuple[str, object]]:
+    """What a function takes from around it, by name: module's names, variables that it encloses, defaults."""
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    enclosed = inspect.getclosurevars(function).nonlocals
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    around = {name: value for name, value in function.__globals__.items() if name in names}
+    return [pair for space in (around, enclosed, defaults) for pair in sorted(space.items(), key=lambda pair: pair[0])]
 
 
 def digest_files(*files: Path) -> str:
