@@ -17,7 +17,7 @@ import typer
 
 from benchmarks import contenders, report, scaling
 from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import Job, Measurement, run
+from benchmarks.measure import Job, Measurement, images_of, run
 from faithkd import data, experiment, params
 from faithkd.bounds import faithfulness_upper_bound
 from faithkd.errors import FaithkdError
@@ -104,7 +104,7 @@ def offered(name: str, budgets: list[float]) -> list[float | None]:
 
 def measure_ball(p: Params, pair, eps: params.Ratio, specs: list, sizes: dict) -> pd.DataFrame:
     """All contenders on one pair of networks at one eps: a row per contender, budget and image."""
-    images = data.test_subset(p)[: sizes["images"]]
+    images = images_of(p)[: sizes["images"]]
     lowest = experiment.lower_bound(p, *pair, images, eps).values
     frame = pd.DataFrame({"image": images.index.tolist(), "EmpLB": lowest.tolist()})
     done = {}

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import contenders
+from faithkd import data
 from faithkd.errors import FaithkdError
+from faithkd.params import Params
 
 WARM_UP = 1e-3  # share of eps at which first, untimed images are bounded: all is loaded then, and little is to do
 
@@ -45,6 +47,12 @@ class Measurement:
     cpu_seconds: float = float("nan")
     megabytes: float = float("nan")
     note: str = ""
+
+
+def images_of(p: Params) -> data.Split:
+    """The test subset in the order of the test set, as all committed results have it."""
+    subset = data.test_subset(p)
+    return subset[subset.index.argsort()]
 
 
 def run(job: Job) -> Measurement:

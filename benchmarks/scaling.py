@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.measure import Job, run
+from benchmarks.measure import Job, images_of, run
 from faithkd import data, experiment, models
 from faithkd.params import Params
 
@@ -25,7 +25,7 @@ def measure(p: Params, names: list[str]) -> pd.DataFrame:
     """Rows of quantity (images, width or depth), size, method, eps, seconds an image, bound, megabytes, note."""
     names = [name for name in names if not CONTENDERS[name].slow and "direct" not in name]
     eps = float(p.evaluate.eps[len(p.evaluate.eps) // 2])
-    images = data.test_subset(p)
+    images = images_of(p)
     own = experiment.teacher(p), experiment.student(p, "FD")
     found = []
     for name in names:

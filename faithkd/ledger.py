@@ -141,6 +141,17 @@ def summary(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(parts).reset_index()
 
 
+def distances(readings: pd.DataFrame) -> pd.DataFrame:
+    """How far each reading lies from the paper: the mean of |value − paper| over its cells, by measure.
+
+    `readings` is that of `experiment.readings`; deviations (the paper's ±) are left out. One row per `reading`, a
+    column per measure, in points, for bounds in units of confidence. Empty where the paper does not use the data set.
+    """
+    beside = readings[~readings["measure"].str.startswith("std")].merge(papers(), on=KEYS)
+    off = (beside["value"] - beside["paper"]).abs()
+    return beside.assign(off=off).pivot_table(index="reading", columns="measure", values="off", sort=False)
+
+
 # --- claims C1 to C8: what the paper concludes
 
 

@@ -333,8 +333,10 @@ def _expectations() -> list[str]:
 
 
 def paper_page(text: str) -> str:
-    """PAPER.md with its block `ledger` made anew: what the committed figures say of the paper's claims and numbers."""
-    return _renewed("PAPER.md", text, "ledger", [*_claims(), "", *_numbers()])
+    """PAPER.md with its blocks `ledger` and `readings` made anew from the committed figures: its claims and numbers
+    beside ours, and what the paper leaves open, filled in other ways."""
+    text = _renewed("PAPER.md", text, "ledger", [*_claims(), "", *_numbers()])
+    return _renewed("PAPER.md", text, "readings", _readings())
 
 
 def _committed(name: str) -> dict:
@@ -411,6 +413,32 @@ def _key_rows(table):
     for name, measure, eps in wanted:
         part = table[(table["table"] == name) & (table["measure"] == measure) & (table["eps"] == eps)]
         yield f"{measure}{' (%)' if name != 'table2' else ''} at ε = {eps}", part
+
+
+def _readings() -> list[str]:
+    """A table for each data set of the paper: a line for each reading with what says most, and its distances."""
+    from faithkd import ledger, tables
+
+    lines = []
+    for profile, table in _committed("readings").items():
+        off = ledger.distances(table)
+        if off.empty:
+            continue
+        eps = table["eps"].iloc[-1]
+        shown = [("accuracy", "RT", "0")] + [("robust accuracy", method, eps) for method in ("RT", "SD", "FD")]
+        heads = [f"{method}: {measure}" + (f", ε = {e}" if e != "0" else "") for measure, method, e in shown]
+        lines += ["", _row([f"`{profile}`", *heads, *(f"off: {measure}" for measure in off)])]
+        lines.append("|---" * (1 + len(heads) + len(off.columns)) + "|")
+        for reading, distance in off.iterrows():
+            part = table[table["reading"] == reading]
+            cells = []
+            for measure, method, e in shown:
+                at = (part["measure"] == measure) & (part["method"] == method) & (part["eps"] == e)
+                low, high = part["value"][at].min(), part["value"][at].max()
+                cells.append(f"{low:.1f}" if low == high else f"{low:.1f} to {high:.1f}")
+            cells += [f"{value:.{3 if measure in tables.BOUNDS else 1}f}" for measure, value in distance.items()]
+            lines.append(_row([f"`{reading}`" if "=" in reading else f"{reading}, all seeds", *cells]))
+    return lines[1:] or ["No data set of the paper has been run with other readings yet."]
 
 
 def _beside(row: dict) -> str:

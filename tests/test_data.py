@@ -48,6 +48,8 @@ def test_the_subset_follows_the_seed(digits):
     assert torch.equal(data.test_subset(digits).index, again.index)
     assert not torch.equal(again.index, other.index)
     assert len(again.index.unique()) == len(again) == digits.data.test_images
+    fewer = data.test_subset(params.load("digits", {"data.test_images": 20}))
+    assert torch.equal(fewer.index, again.index[:20]) and (fewer.index.diff() < 0).any(), "the first are a sample too"
 
 
 def test_labels_belong_to_their_images(digits):

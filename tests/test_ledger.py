@@ -317,3 +317,19 @@ def test_a_single_radius_leaves_out_what_needs_two():
 
 def test_the_paper_has_every_claimed_data_set():
     assert set(paper.table("accuracy")["dataset"]) == {"mnist", "fashion_mnist", "cifar10"}
+
+
+def test_distances_are_the_mean_over_the_papers_cells():
+    theirs = ledger.papers().query("dataset == 'mnist'").rename(columns={"paper": "value"})
+    off = {"a": 0.5, "b": -2.0}
+    readings = pd.concat(
+        [theirs.assign(reading=name, seed=0, value=theirs["value"] + shift) for name, shift in off.items()]
+    )
+    found = ledger.distances(readings)
+    assert list(found.index) == ["a", "b"] and not any(name.startswith("std") for name in found)
+    for name, shift in off.items():
+        assert np.allclose(found.loc[name], abs(shift))
+    half = readings["measure"].eq("EmpLB") & readings["method"].eq("SD")
+    changed = ledger.distances(readings.assign(value=readings["value"].where(~half, readings["value"] + 4.0)))
+    assert changed["EmpLB"]["a"] == pytest.approx(0.5 + 4 / 4), "one of four students is four farther off"
+    assert ledger.distances(readings.assign(dataset="digits")).empty

@@ -1,6 +1,7 @@
 """The committed notebooks as files: sound, not stale, in normal form, and all of them from nothing."""
 
 import json
+import re
 import shutil
 import time
 
@@ -170,6 +171,7 @@ def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
     """Verdicts side by side, cells counted, the key rows beside the paper's; runs with overrides are left out."""
     monkeypatch.setattr(paths, "ROOT", home.folder)
     page = "before\n<!-- ledger: x -->\n| old |\n<!-- end of ledger -->\nafter\n"
+    page += "<!-- readings: x -->\n<!-- end of readings -->\n"
     for name in ("digits", "mnist", "mnist+seed=1"):
         folder = home.folder / "figures" / name
         folder.mkdir(parents=True)
@@ -188,9 +190,13 @@ def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
         ]
         pandas.DataFrame(rows).to_csv(folder / "claims.csv", index=False)
     assert "no number stands beside the paper's" in notebooks.paper_page(page)
+    assert "No data set of the paper has been run with other readings yet." in notebooks.paper_page(page)
     theirs = ledger.papers().query("dataset == 'mnist'").rename(columns={"paper": "value"})
     values = pandas.concat([theirs.assign(seed=seed, value=theirs["value"] + 0.001 * seed) for seed in range(3)])
     ledger.cells(values).to_csv(home.folder / "figures" / "mnist" / "ledger.csv", index=False)
+    parts = [theirs.assign(reading="as in the profile", seed=seed, value=theirs["value"] + seed) for seed in range(2)]
+    parts.append(theirs.assign(reading="train.kl=reverse", seed=0, value=theirs["value"] - 3))
+    pandas.concat(parts).to_csv(home.folder / "figures" / "mnist" / "readings.csv", index=False)
     made = notebooks.paper_page(page)
     assert made.startswith(
         "before\n<!-- ledger: x -->\n| claim | `digits`, 3 seeds, illustration | `mnist`, 3 seeds |\n"
@@ -198,7 +204,9 @@ def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
     assert "| C1: A beats B | undecided (1 of 2 ε) | undecided (1 of 2 ε) |" in made
     assert "| `mnist` | table1: agreement | 24 | 24 | 0 | 0 | 0 | 0.0 points |" in made
     assert "| `mnist`, 3 seeds | EmpLB at ε = 0.1 | – | 0.107 ±0.002 [0.106] |" in made
-    assert "| old |" not in made and made.endswith("<!-- end of ledger -->\nafter\n")
+    assert "| old |" not in made and "<!-- end of ledger -->\nafter\n" in made
+    assert "| as in the profile, all seeds | 97.9 to 98.9 | 90.0 to 91.0 | 65.6 to 66.6 |" in made
+    assert re.search(r"\| `train.kl=reverse` \| 94.9 \| 87.0 \| 62.6 \| 83.0 \|.* 3\.0 \|.*3\.000", made)
     assert notebooks.paper_page(made) == made
 
 
