@@ -283,7 +283,7 @@ def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
 
 
 def _measured() -> list[str]:
-    """What `python -m benchmarks.bounds` found on MNIST: bounds and cost, tightness over time, aims; see its README."""
+    """What the benchmarks found on MNIST: bounds and cost, tightness over time, aims, attacks, training; see there."""
     folder = paths.ROOT / "benchmarks" / "results"
     if not (folder / "bounds-mnist.md").is_file():
         return []
@@ -293,8 +293,12 @@ def _measured() -> list[str]:
         "scaling": "Seconds an image by number of images, radius, width and depth",
     }
     shown = [f"![{what}](benchmarks/results/{name}-mnist.png)\n" for name, what in pictures.items()]
-    aims = ["<details><summary>What we had set out to reach</summary>\n", aims, "\n</details>"]
-    return [f"{bounds}\n", *shown, *aims]
+    folded = {"What we had set out to reach": aims}
+    for name, title in (("attacks", "PGD beside other libraries'"), ("training", "Seconds of training")):
+        if (page := folder / f"{name}-mnist.md").is_file():
+            folded[title] = page.read_text(encoding="utf-8").strip()
+    details = [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in folded.items()]
+    return [f"{bounds}\n", *shown, *details]
 
 
 def _contents() -> list[str]:

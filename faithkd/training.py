@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import store
+from faithkd import models, store
 from faithkd.attacks import Clip, ascend
 from faithkd.data import Split
-from faithkd.losses import Method, attack_labels, cross_entropy
+from faithkd.losses import Method, attack_difference, attack_labels, attack_soft_labels, cross_entropy
 
 # Raise this number when a change to training alters the networks that come out: it is part of every network's key,
 # so that no network trained by an older recipe is taken for a new one. tests/test_training.py notices the need.
@@ -108,7 +108,7 @@ def _epoch(network, teacher, train, method, settings, schedule, epoch, optimizer
         x, y = train.x[rows], train.y[rows]
         # From a random start the full ε keeps the network at chance for ever: ε and the step grow from 0.
         ramp = min(1.0, (epoch + number / len(batches)) / schedule.ramp_epochs) if schedule.ramp_epochs else 1.0
-        x_adv = _maximise(network, teacher, x, y, method, schedule.attack, ramp, clip, generator)
+        x_adv = _maximise(network, teacher, x, y, method.attack, schedule.attack, ramp, clip, generator)
         loss = method.loss(
             network,
             teacher,
@@ -125,14 +125,20 @@ def _epoch(network, teacher, train, method, settings, schedule, epoch, optimizer
     return float(total) / len(train)
 
 
-def _maximise(network, teacher, x, y, method: Method, attack, ramp: float, clip, generator) -> torch.Tensor:
-    if method.attack is None:
+def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, generator) -> torch.Tensor:
+    """Where PGD finds `objective(network, teacher, x, y)` highest on the training ball, eq. (2); x for None."""
+    if objective is None:
         return x
+    pair, start = (network, teacher), x
+    fast = tuple(net and models.on_blocks(net) for net in pair)
+    on_blocks = all(new is not None or old is None for old, new in zip(pair, fast, strict=True)) and _blind(objective)
+    if on_blocks:
+        pair, start = fast, models.to_blocks(x)
     # Only the gradient in x is wanted; freezing the weights spares every backward step the one in W.
     network.requires_grad_(False)
-    x_adv = ascend(
-        method.attack(network, teacher, x, y),
-        x,
+    end = ascend(
+        objective(*pair, start, y),
+        start,
         float(attack.eps) * ramp,
         steps=attack.steps,
         step_size=float(attack.step_size) * ramp,
@@ -140,7 +146,12 @@ def _maximise(network, teacher, x, y, method: Method, attack, ramp: float, clip,
         clip=clip,
     )
     network.requires_grad_(True)
-    return x_adv
+    return models.from_blocks(end) if on_blocks else end
+
+
+def _blind(objective) -> bool:
+    """Whether an attack only hands images to the networks, so that their layout is nobody else's business."""
+    return getattr(objective, "func", objective) in (attack_labels, attack_soft_labels, attack_difference)
 
 
 def _record(state: State, network, held_out: Split, schedule, clip, loss: float, rate: float, seed: int) -> None:
@@ -160,20 +171,10 @@ def _record(state: State, network, held_out: Split, schedule, clip, loss: float,
 
 
 def _robust_accuracy(network, held_out: Split, attack, clip, seed: int) -> float:
-    network.requires_grad_(False)
-    z = ascend(
-        attack_labels(network, None, held_out.x, held_out.y),
-        held_out.x,
-        float(attack.eps),
-        steps=attack.steps,
-        step_size=float(attack.step_size),
-        generator=torch.Generator().manual_seed(seed),
-        clip=clip,
-    )
+    generator = torch.Generator().manual_seed(seed)
+    z = _maximise(network, None, held_out.x, held_out.y, attack_labels, attack, 1.0, clip, generator)
     with torch.no_grad():
-        accuracy = float((network(z).argmax(1) == held_out.y).double().mean())
-    network.requires_grad_(True)
-    return accuracy
+        return float((network(z).argmax(1) == held_out.y).double().mean())
 
 
 def _out_of_patience(state: State, schedule) -> bool:

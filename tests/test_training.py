@@ -202,3 +202,40 @@ if __name__ == "__main__":
     PINNED.parent.mkdir(exist_ok=True)
     save_file(recipe(), PINNED)
     print(f"pinned {PINNED}")
+
+
+@pytest.mark.parametrize("method", ["ARD", "RSLAD", "FD"])
+def test_convolutions_are_attacked_on_blocks_and_end_where_they_would_without(method, monkeypatch):
+    """The quick form of Table 4's first layer: the same function, so the same ascent, but for the last digits."""
+    p = params.load("cifar10")
+    nets = [models.build(a, (3, 32, 32), seed=0).double() for a in (p.models.student, p.models.teacher)]
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.arange(6)
+    for net in nets:
+        blocks = models.to_blocks(x)
+        assert torch.equal(models.from_blocks(blocks), x)
+        torch.testing.assert_close(models.on_blocks(net)(blocks), net(x), rtol=0, atol=1e-12)
+    start = torch.rand(x.shape, dtype=torch.float64)
+
+    def same_start(lower, upper, generator):
+        share = start if lower.shape == x.shape else models.to_blocks(start)
+        return lower + share * (upper - lower)
+
+    monkeypatch.setattr("faithkd.attacks.random_start", same_start)
+    attack, seen = losses.METHODS[method].attack, []
+
+    def watched(student, teacher, z, label):
+        seen.append(tuple(z.shape[1:]))
+        return attack(student, teacher, z, label)
+
+    arguments = (p.train.attack, 1.0, None, torch.Generator())
+    quick = training._maximise(*nets, x, y, attack, *arguments)
+    plain = training._maximise(*nets, x, y, watched, *arguments)
+    assert seen == [(3, 32, 32)], "an attack of one's own sees images as they are"
+    torch.testing.assert_close(quick, plain, rtol=0, atol=1e-9)
+    assert float((quick - x).abs().max()) <= float(p.train.attack.eps) + 1e-9
+
+
+def test_other_networks_are_attacked_as_they_are():
+    layers = [nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(3, 4, 3, stride=1), nn.Conv2d(3, 4, 2, stride=2)]
+    assert all(models.on_blocks(nn.Sequential(layer, nn.ReLU())) is None for layer in [*layers, nn.Flatten()])
