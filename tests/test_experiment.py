@@ -69,6 +69,20 @@ def test_an_edited_loss_is_trained_anew(p, monkeypatch):
     assert experiment.fingerprint(experiment.student(p, "SD")) != before
 
 
+def test_a_loss_of_ones_own_is_trained_once_and_found_again(p, monkeypatch):
+    def own(student, teacher, x, x_adv, y, alpha, temperature):
+        return losses.cross_entropy(student(x_adv), y).mean()
+
+    calls = count_trainings(monkeypatch)
+    rule = Method(own, losses.attack_labels, "my own")
+    first = experiment.student(p, "FD", rule=rule)
+    assert [call.split()[-1] for call in calls if "own" in call] == ["FD-own"]
+    before = len(calls)
+    assert experiment.fingerprint(experiment.student(p, "FD", rule=rule)) == experiment.fingerprint(first)
+    assert len(calls) == before
+    assert experiment.fingerprint(experiment.student(p, "FD")) != experiment.fingerprint(first)
+
+
 def test_measurements_follow_the_code_that_makes_them(p, monkeypatch, tmp_path):
     """A bound stored by other code must not be read back; comments and docstrings do not count."""
     file = tmp_path / "engine.py"
