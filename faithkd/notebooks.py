@@ -321,7 +321,7 @@ def _expectations() -> list[str]:
     rows = []
     for source in sorted((paths.ROOT / "figures").glob("*/provenance.json")):
         made = json.loads(source.read_text(encoding="utf-8"))
-        if made["overrides"]:
+        if made["overrides"] or not source.with_name("table2.csv").is_file():  # the latter: a run of some notebooks
             continue
         with open(source.with_name("table2.csv"), encoding="utf-8", newline="") as file:
             table = [row for row in csv.DictReader(file) if row["method"] == "FD"]
