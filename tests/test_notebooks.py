@@ -159,6 +159,21 @@ def test_a_readme_without_its_blocks_is_refused():
         notebooks.readme("# nothing here")
 
 
+def test_a_profile_of_which_only_some_notebooks_ran_has_no_row(home, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", home.folder)
+    about = {"profile": "mnist", "overrides": {}, "params": {"data": {"name": "mnist"}}, "seconds": {"10-x": 125.0}}
+    (home.folder / "figures" / "mnist").mkdir(parents=True)
+    (home.folder / "figures" / "mnist" / "provenance.json").write_text(json.dumps(about))
+    assert notebooks._expectations() == []
+    rows = [
+        {"eps": "0.1", "method": "FD", "bound": bound, "mean": mean}
+        for bound, mean in (("EmpLB", 0.1), ("FaithUB", 0.25))
+    ]
+    pandas.DataFrame(rows).to_csv(home.folder / "figures" / "mnist" / "table2.csv", index=False)
+    told = "| `mnist` | mnist | 2 min | FD at ε = 0.1: mean EmpLB 0.100, mean FaithUB 0.250 |\n"
+    assert notebooks._expectations() == [told]
+
+
 def test_the_papers_page_says_what_the_committed_figures_say():
     """A stale ledger in PAPER.md: `make notebooks` writes it anew."""
     text = (REPOSITORY / "PAPER.md").read_text(encoding="utf-8")
