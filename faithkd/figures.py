@@ -427,7 +427,7 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
     """`experiment.readings` as a picture: a panel for each (measure, method, ε), a row for each reading.
 
     The grey band is the range over the seeds of the unchanged profile, the line the paper's value where it has one. A
-    value below half of the unchanged one would squeeze all others together: an arrow at the edge tells it in figures.
+    value below half or above twice the unchanged one would squeeze all others: an arrow tells it in figures.
     """
     names, papers = list(dict.fromkeys(frame["reading"])), ledger.papers()
     size = (WIDTH, 0.27 * len(names) + 1.1)
@@ -436,7 +436,7 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
         part = _cells(frame, measure, method, eps)
         theirs = _cells(papers[papers["dataset"] == part["dataset"].iloc[0]], measure, method, eps)["paper"]
         own = part["value"][part["reading"] == names[0]]
-        far = part["value"] < 0.5 * own.mean()
+        far = ~part["value"].between(0.5 * own.mean(), 2 * own.mean())
         values, places = part["value"].where(~far), part["reading"].map(names.index)
         least, most = pd.concat([values, theirs]).min(), pd.concat([values, theirs]).max()
         edge = 0.12 * (most - least) or 1.0
@@ -446,7 +446,10 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
             axes.axvline(value, color=UPPER, lw=1.2, zorder=1)
         for value, place in zip(part["value"][far], places[far], strict=True):
             digits = 3 if measure in tables.BOUNDS else 1
-            axes.text(least, place, f"◂ {value:.{digits}f}", color=COLOURS[method], va="center", fontsize="x-small")
+            text, end, side = (f"◂ {value:.{digits}f}", least, "left")
+            if value > own.mean():
+                text, end, side = (f"{value:.{digits}f} ▸", most, "right")
+            axes.text(end, place, text, color=COLOURS[method], ha=side, va="center", fontsize="x-small")
         axes.set(xlim=(least - edge, most + edge), ylim=(len(names) - 0.4, -0.6))
         axes.set_title(f"{method}: {measure.replace(' accuracy', '')}\n" + (f"ε = {eps}" if eps != "0" else "clean"))
         axes.xaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
