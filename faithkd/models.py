@@ -85,12 +85,16 @@ class _OnBlocks(nn.Module):
         return functional.conv2d(blocks, weight, self.convolution.bias)
 
 
-def on_blocks(network: nn.Sequential) -> nn.Sequential | None:
-    """The same network, weights shared, for images as `to_blocks` gives them; None if it does not begin as Table 4."""
-    first = network[0]
-    if not isinstance(first, nn.Conv2d):
+def on_blocks(network: nn.Module, shape: Sequence[int]) -> nn.Sequential | None:
+    """The same network, weights shared, for images as `to_blocks` gives them; None if it does not begin as Table 4.
+
+    `shape`: that of an image, (C, height, width); also None where its sides are not even.
+    """
+    first = network[0] if isinstance(network, nn.Sequential) and len(network) else None
+    if not isinstance(first, nn.Conv2d) or shape[-1] % 2 or shape[-2] % 2:
         return None
-    if (first.kernel_size, first.stride, first.padding, first.groups) != ((3, 3), (2, 2), (0, 0), 1):
+    form = (first.kernel_size, first.stride, first.padding, first.dilation, first.groups)
+    if form != ((3, 3), (2, 2), (0, 0), (1, 1), 1):
         return None
     return nn.Sequential(_OnBlocks(first), *network[1:])
 

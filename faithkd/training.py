@@ -130,7 +130,7 @@ def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, gene
     if objective is None:
         return x
     pair, start = (network, teacher), x
-    fast = tuple(net and models.on_blocks(net) for net in pair)
+    fast = tuple(None if net is None else models.on_blocks(net, x.shape[1:]) for net in pair)
     on_blocks = all(new is not None or old is None for old, new in zip(pair, fast, strict=True)) and _blind(objective)
     if on_blocks:
         pair, start = fast, models.to_blocks(x)

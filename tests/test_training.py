@@ -214,7 +214,7 @@ def test_convolutions_are_attacked_on_blocks_and_end_where_they_would_without(me
     for net in nets:
         blocks = models.to_blocks(x)
         assert torch.equal(models.from_blocks(blocks), x)
-        torch.testing.assert_close(models.on_blocks(net)(blocks), net(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(models.on_blocks(net, (3, 32, 32))(blocks), net(x), rtol=0, atol=1e-12)
     start = torch.rand(x.shape, dtype=torch.float64)
 
     def same_start(lower, upper, generator):
@@ -238,4 +238,7 @@ def test_convolutions_are_attacked_on_blocks_and_end_where_they_would_without(me
 
 def test_other_networks_are_attacked_as_they_are():
     layers = [nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(3, 4, 3, stride=1), nn.Conv2d(3, 4, 2, stride=2)]
-    assert all(models.on_blocks(nn.Sequential(layer, nn.ReLU())) is None for layer in [*layers, nn.Flatten()])
+    layers += [nn.Conv2d(3, 4, 3, stride=2, dilation=2), nn.Flatten()]
+    nets = [nn.Sequential(layer, nn.ReLU()) for layer in layers]
+    assert all(models.on_blocks(net, (3, 32, 32)) is None for net in [*nets, nn.Linear(3, 2), nn.Sequential()])
+    assert models.on_blocks(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2)), (3, 31, 32)) is None
