@@ -1,10 +1,28 @@
 """One projected gradient ascent, eq. (2), for training, robust accuracy, agreement and EmpLB alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
+
+from faithkd import models
 
 Clip = tuple[torch.Tensor, torch.Tensor]
+
+
+def fastest(
+    networks: Sequence[nn.Module | None], x: torch.Tensor, clip: Clip | None
+) -> tuple[Sequence[nn.Module | None], torch.Tensor, Clip | None, Callable[[torch.Tensor], torch.Tensor]]:
+    """Networks, images and clip in the layout that PGD climbs fastest in, and what brings its points back from there.
+
+    That is 2 × 2 blocks of pixels (`models.on_blocks`) if it suits every network, else what was given. Only for
+    objectives that do nothing to images but hand them to these networks.
+    """
+    blocks = [None if network is None else models.on_blocks(network, x.shape[1:]) for network in networks]
+    if any((new is None) != (old is None) for new, old in zip(blocks, networks, strict=True)):
+        return networks, x, clip, lambda points: points
+    clip = clip and tuple(models.to_blocks(end.to(x).expand(1, *x.shape[1:])) for end in clip)
+    return blocks, models.to_blocks(x), clip, models.from_blocks
 
 
 def ball(x: torch.Tensor, eps: float, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from faithkd import attacks
-from faithkd.attacks import Clip, search
+from faithkd.attacks import Clip, fastest, search
 from faithkd.bounds.network import ball, check_images, prepare_pair
 from faithkd.errors import FaithkdError
 from faithkd.losses import cross_entropy, kl
@@ -73,11 +73,14 @@ def empirical_lower_bound(
         raise FaithkdError(f"steps and restarts must be at least 1, not steps={steps}, restarts={restarts}")
     teacher, student = _frozen(teacher, x), _frozen(student, x)
 
-    def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-        difference = confidence_difference(teacher, student, z)
-        return difference, difference
+    def prepare(pair, _x, _rows) -> Callable:
+        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
+            difference = confidence_difference(*pair, z)
+            return difference, difference
 
-    witnesses = _attack(lambda rows: objective, x, eps, steps, step_factor, restarts, seed, clip)
+        return objective
+
+    witnesses = _attack((teacher, student), prepare, x, eps, steps, step_factor, restarts, seed, clip)
     with torch.no_grad():
         exact = confidence_difference(teacher.double(), student.double(), witnesses.double())
     return LowerBound(exact.cpu(), witnesses)
@@ -111,7 +114,7 @@ def strong_lower_bound(
     values, witnesses = plain.values.to(x.device), plain.witnesses.clone()
     losses = _wider_losses(classes)
     for loss, times in [(_norm, restarts * len(losses)), *((loss, restarts) for loss in losses)]:
-        found = _attack(_climb(*single, loss, x), x, eps, steps, step_factor, times, seed, clip)
+        found = _attack(single, _climb(loss), x, eps, steps, step_factor, times, seed, clip)
         with torch.no_grad():
             value = confidence_difference(*exact, found.double())
         better = value > values
@@ -137,16 +140,16 @@ def robust(
     """
     network = _frozen(network, x)
 
-    def prepare(rows: slice) -> Callable:
+    def prepare(networks, _x, rows: slice) -> Callable:
         labels = y[rows]
 
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            logits = network(z)
+            logits = networks[0](z)
             return cross_entropy(logits, labels), (logits.argmax(1) != labels).to(z.dtype)
 
         return objective
 
-    witnesses = _attack(prepare, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
+    witnesses = _attack((network,), prepare, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
     return Attack(predictions(network, witnesses) == y, witnesses)
 
 
@@ -168,14 +171,14 @@ def hardest(
     """
     network = _frozen(network, x)
 
-    def prepare(rows: slice) -> Callable:
+    def prepare(networks, _x, rows: slice) -> Callable:
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            loss = cross_entropy(network(z), y[rows])
+            loss = cross_entropy(networks[0](z), y[rows])
             return loss, loss
 
         return objective
 
-    return _attack(prepare, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
+    return _attack((network,), prepare, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
 
 
 def auto_attack(
@@ -234,13 +237,16 @@ def agreement(
     """
     teacher, student = _frozen(teacher, x), _frozen(student, x)
 
-    def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            hard = teacher(z).argmax(1)
-        logits = student(z)
-        return cross_entropy(logits, hard), (logits.argmax(1) != hard).to(z.dtype)
+    def prepare(pair, _x, _rows) -> Callable:
+        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                hard = pair[0](z).argmax(1)
+            logits = pair[1](z)
+            return cross_entropy(logits, hard), (logits.argmax(1) != hard).to(z.dtype)
 
-    witnesses = _attack(lambda rows: objective, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
+        return objective
+
+    witnesses = _attack((teacher, student), prepare, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
     return Attack(predictions(teacher, witnesses) == predictions(student, witnesses), witnesses)
 
 
@@ -312,16 +318,16 @@ def _wider_losses(classes: int) -> list[Loss]:
     return [signed(*choice) for choice in choices] + [lambda t, s, _: kl(s, t), lambda t, s, _: kl(t, s)]
 
 
-def _climb(teacher: nn.Module, student: nn.Module, loss: Loss, x: Tensor) -> Callable:
-    """An objective for `_attack` that climbs `loss` and is judged by the norm."""
+def _climb(loss: Loss) -> Callable:
+    """For `_attack`: climbs `loss` and is judged by the norm."""
 
-    def prepare(rows: slice) -> Callable:
+    def prepare(pair, x: Tensor, _rows) -> Callable:
         with torch.no_grad():
-            sure = torch.maximum(torch.softmax(teacher(x[rows]), 1), torch.softmax(student(x[rows]), 1))
+            sure = torch.maximum(*(torch.softmax(network(x), 1) for network in pair))
         leading = sure.argsort(1, descending=True)
 
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            logits = teacher(z), student(z)
+            logits = pair[0](z), pair[1](z)
             return loss(*logits, leading), _norm(*logits)
 
         return objective
@@ -329,23 +335,20 @@ def _climb(teacher: nn.Module, student: nn.Module, loss: Loss, x: Tensor) -> Cal
     return prepare
 
 
-def _attack(prepare, x, eps, steps, step_factor, restarts, seed, clip) -> Tensor:
-    """Witnesses of the best of `restarts` searches, in chunks; one seed draws the same starts on every run."""
+def _attack(networks, prepare, x, eps, steps, step_factor, restarts, seed, clip) -> Tensor:
+    """Witnesses of the best of `restarts` searches, in chunks; one seed draws the same starts on every run.
+
+    `prepare(networks, x, rows)` gives the objective of `search` for the images `rows` of all, `x` in whatever layout.
+    """
     generator = torch.Generator().manual_seed(seed)
     step_size = step_factor * float(eps) / max(steps, 1)
-    found = [
-        search(
-            prepare(slice(start, start + CHUNK)),
-            x[start : start + CHUNK],
-            float(eps),
-            steps=steps,
-            step_size=step_size,
-            restarts=restarts,
-            generator=generator,
-            clip=clip,
-        )[0]
-        for start in range(0, len(x), CHUNK)
-    ]
+    found = []
+    for start in range(0, len(x), CHUNK):
+        rows = slice(start, start + CHUNK)
+        nets, images, range_, back = fastest(networks, x[rows], clip)
+        objective = prepare(nets, images, rows)
+        options = {"steps": steps, "step_size": step_size, "restarts": restarts, "generator": generator}
+        found.append(back(search(objective, images, float(eps), clip=range_, **options)[0]))
     return torch.cat(found) if found else x.clone()
 
 

@@ -4,8 +4,10 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -13,7 +15,16 @@ from tqdm import tqdm
 
 from faithkd import data, evaluation, ledger, losses, models, parallel, source, store, training
 from faithkd.attacks import ball, search
-from faithkd.bounds import certified_agreement, faithfulness_upper_bound
+from faithkd.bounds import (
+    ALONE,
+    CERTIFIED,
+    NOT_FINITE,
+    certified_agreement,
+    difference_bounds,
+    faithfulness_upper_bound,
+    interval_bound,
+    softmax_interval,
+)
 from faithkd.data import Split
 from faithkd.errors import FaithkdError
 from faithkd.losses import METHODS
@@ -133,22 +144,22 @@ def trained(
     return store.network("network", depends, build, make, name=name)
 
 
-def accuracy(p: Params) -> pd.DataFrame:
+def accuracy(p: Params, methods=STUDENTS) -> pd.DataFrame:
     """Clean accuracies in % on the *whole* test set, as §6 has them: one row with `dataset`, RT and the students."""
     images = data.test(p)
-    networks = {"RT": teacher(p)} | {method: student(p, method) for method in STUDENTS}
+    networks = {"RT": teacher(p)} | {method: student(p, method) for method in methods}
     right = {method: evaluation.predictions(network, images.x) == images.y for method, network in networks.items()}
     shares = {method: 100 * float(hits.double().mean()) for method, hits in right.items()}
     return pd.DataFrame([{"dataset": p.data.name, **shares}])
 
 
-def robustness(p: Params) -> pd.DataFrame:
+def robustness(p: Params, methods=STUDENTS) -> pd.DataFrame:
     """Per image: `robust` (does PGD fail, eq. 2) and `agrees` with the teacher (eqs 13–14), for ε = 0 and every ε.
 
     One row per (dataset, eps, method, image), method RT included: what Table 1 averages.
     """
     images, guide = _owned(data.test_subset(p)), teacher(p)
-    networks = {"RT": guide} | {method: student(p, method) for method in STUDENTS}
+    networks = {"RT": guide} | {method: student(p, method) for method in methods}
     work = [(eps, method) for eps in ("0", *p.evaluate.eps) for method in networks]
     tasks = [
         _Task(
@@ -165,14 +176,14 @@ def robustness(p: Params) -> pd.DataFrame:
     return pd.concat(named, ignore_index=True)
 
 
-def faithfulness(p: Params, alphas: bool = False) -> pd.DataFrame:
+def faithfulness(p: Params, alphas: bool = False, methods=STUDENTS) -> pd.DataFrame:
     """Per image: EmpLB (§4.1), FaithUB (§4.2, eqs 8–11) and the status of its certificate, for every ε.
 
     One row per (dataset, eps, method, image): what Table 2 averages and figs 2–3 draw. With `alphas` the students
     are FD at each α of `p.ablation.alpha` instead, in a column `alpha` (Table 5). EmpLB ≤ FaithUB is checked.
     """
     images, guide = data.test_subset(p), teacher(p)
-    students = [("FD", float(alpha)) for alpha in p.ablation.alpha] if alphas else [(m, None) for m in STUDENTS]
+    students = [("FD", float(alpha)) for alpha in p.ablation.alpha] if alphas else [(m, None) for m in methods]
     networks = {(method, alpha): student(p, method, alpha) for method, alpha in students}
     work = [(eps, method, alpha) for eps in p.evaluate.eps for method, alpha in students]
     pairs = [(networks[method, alpha], float(eps)) for eps, method, alpha in work]
@@ -187,14 +198,32 @@ def readings(p: Params) -> pd.DataFrame:
     """Every cell of §6 and of Tables 1 and 2 under each of `ablation.readings`, and from each seed as the profile is.
 
     One row per (reading, seed, table, eps, measure, method) with `value`, as `ledger.per_seed` has them; `reading` is
-    AS_IS for the seeds of `repeats`. Each reading trains its own teacher and students, from one seed.
+    AS_IS for the seeds of `repeats`. Each reading trains its own teacher and `ablation.students`, from one seed.
     """
-    runs = [(AS_IS, q) for q in repeats(p)] + [(text, changed(p, text)) for text in p.ablation.readings]
+    return _changes(p, p.ablation.readings, (accuracy, robustness, faithfulness), p.ablation.students)
+
+
+def settings(p: Params) -> pd.DataFrame:
+    """Table 2's cells of FD under each of `ablation.settings`, and from each seed as the profile is; as `readings`.
+
+    Only the student is trained anew, from one seed; the teacher and the test images stay.
+    """
+    return _changes(p, p.ablation.settings, (_nothing, _nothing, faithfulness), ["FD"])
+
+
+def _changes(p: Params, texts: list[str], measures: tuple, methods: list[str]) -> pd.DataFrame:
+    """`ledger.per_seed` of the measures, as the parameters are and with each of the overrides, in column `reading`."""
+    runs = [(AS_IS, q) for q in repeats(p)] + [(text, changed(p, text)) for text in texts]
     parts = []
     for name, q in runs:
-        cells = ledger.per_seed(*(measure(q).assign(seed=q.seed) for measure in (accuracy, robustness, faithfulness)))
+        frames = (measure(q, methods=methods) for measure in measures)
+        cells = ledger.per_seed(*(None if frame is None else frame.assign(seed=q.seed) for frame in frames))
         parts.append(cells.assign(reading=name))
     return pd.concat(parts, ignore_index=True)
+
+
+def _nothing(p: Params, methods) -> None:
+    """A measure that is not taken."""
 
 
 def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
@@ -206,20 +235,19 @@ def _brackets(p: Params, guide: nn.Module, pairs: list, images: Split) -> list[p
     """`bracket` for each (student, ε) of `pairs`; the work of all of them is shared out together."""
     images = _owned(images)
     parts = [images[rows] for rows in torch.arange(len(images)).split(PIECE.get(p.bounds.method, SLOW_PIECE))]
-    bounds = {"bounds": p.bounds.model_dump(mode="json", include={"method", "solver", "milp_nodes"})}
     # EmpLB is not cut, as all its random starts come from one generator; first, as these are the longest pieces.
     tasks = [_lower_task(p, guide, network, images, eps) for network, eps in pairs]
-    tasks += [
-        _Task("faith_ub", _depends(p, part, eps, guide, network) | bounds, _upper_bound, (p, guide, network, part, eps))
-        for network, eps in pairs
-        for part in parts
-    ]
-    tables = _tables(tasks, f"{p.profile}: EmpLB and FaithUB")
-    found = []
-    for place, (_, eps) in enumerate(pairs):
-        start = len(pairs) + place * len(parts)
-        upper = pd.concat(tables[start : start + len(parts)], ignore_index=True)
-        both = pd.concat([tables[place], upper], axis=1)
+    if p.bounds.method in ALONE:  # then eq. (11) takes what is known of each, and a teacher is bounded once for all
+        needs = [[_alone_task(p, each, part, eps) for each in (guide, net) for part in parts] for net, eps in pairs]
+    else:
+        needs = [[_pair_task(p, guide, network, part, eps) for part in parts] for network, eps in pairs]
+    tables = iter(_tables([*tasks, *chain.from_iterable(needs)], f"{p.profile}: EmpLB and FaithUB"))
+    lowers, found = [next(tables) for _ in tasks], []
+    for lower, need, (_, eps) in zip(lowers, needs, pairs, strict=True):
+        upper = pd.concat([next(tables) for _ in need], ignore_index=True)
+        if p.bounds.method in ALONE:
+            upper = _eq11(upper.iloc[: len(images)], upper.iloc[len(images) :])
+        both = pd.concat([lower, upper], axis=1)
         # Written so that a NaN fails; 1e-12 is the rounding error of evaluating the lower bound itself in float64.
         if not (both["EmpLB"] <= both["FaithUB"] + 1e-12).all():
             raise AssertionError(f"EmpLB > FaithUB at ε = {eps}: a bound is wrong, please report it\n{both}")
@@ -437,6 +465,36 @@ def _lower_task(p: Params, guide, network, images: Split, eps: float, steps: int
     depends = _depends(p, images, eps, guide, network) | {"restarts": p.evaluate.restarts}
     depends |= {} if steps is None else {"steps": steps}
     return _Task("emp_lb", depends, _lower_bound, (p, guide, network, images, eps, steps))
+
+
+def _pair_task(p: Params, guide, network, images: Split, eps: float) -> _Task:
+    depends = _depends(p, images, eps, guide, network)
+    depends["bounds"] = p.bounds.model_dump(mode="json", include={"method", "solver", "milp_nodes"})
+    return _Task("faith_ub", depends, _upper_bound, (p, guide, network, images, eps))
+
+
+def _alone_task(p: Params, network, images: Split, eps: float) -> _Task:
+    depends = _depends(p, images, eps, network) | {"bounds": p.bounds.method}
+    return _Task("confidences", depends, _confidences, (p, network, images, eps))
+
+
+def _confidences(p: Params, network, images: Split, eps: float) -> pd.DataFrame:
+    """Bounds of every confidence over the ball, eq. (10): columns lower0 …, upper0 …, and whether all is `finite`."""
+    highest = difference_bounds(network, images.x, eps, method=p.bounds.method, clip=data.clip_range(p))
+    ends = zip(("lower", "upper"), softmax_interval(highest), strict=True)
+    columns = {f"{name}{c}": end[:, c].numpy() for name, end in ends for c in range(end.shape[1])}
+    return pd.DataFrame(columns | {"finite": highest.isfinite().flatten(1).all(1).numpy()})
+
+
+def _eq11(guide: pd.DataFrame, network: pd.DataFrame) -> pd.DataFrame:
+    """FaithUB and its status from the `_confidences` of teacher and student, eq. (11)."""
+    both = [
+        tuple(torch.from_numpy(frame.filter(regex=f"^{end}").to_numpy(copy=True)) for end in ("lower", "upper"))
+        for frame in (guide, network)
+    ]
+    finite = guide["finite"].to_numpy() & network["finite"].to_numpy()
+    values = np.where(finite, interval_bound(*both).numpy(), 1.0)
+    return pd.DataFrame({"FaithUB": values, "status": np.where(finite, CERTIFIED, NOT_FINITE)})
 
 
 def _lower_bound(*arguments) -> pd.DataFrame:

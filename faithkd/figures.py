@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -80,7 +81,7 @@ def _announce(paths: list[Path]) -> None:
 def save_table(p: Params, name: str, table: pd.DataFrame, caption: str):
     """Save a table of the paper (CSV, and a picture of it as PDF and PNG) and return it styled for the notebook.
 
-    `name` is table1, table2, table3, table5, claims, or past the paper best, agreement, autoattack or strong. Our value
+    `name` is one that `tables.layout` knows, such as table1 or claims. Our value
     stands first, the paper's in brackets where it has one; the best student of a row is bold, in claims what holds.
     """
     cells, best = tables.layout(table, name)
@@ -325,6 +326,30 @@ def by_eps(table: pd.DataFrame, by: str = "method") -> Figure:
     return figure
 
 
+def subsets(whole: pd.DataFrame, parts: pd.DataFrame) -> Figure:
+    """How far the means of Table 2 depend on which images are drawn: all of them, and each of its parts.
+
+    `whole`: `tables.table2`, drawn with its 95 % interval; `parts`: `tables.means_of_parts`, a dot each. The paper's
+    value, where it has one, is a dash.
+    """
+    theirs = tables.beside_paper(whole, "table2")
+    radii, methods = list(dict.fromkeys(whole["eps"])), list(dict.fromkeys(whole["method"]))
+    figure, grid = plt.subplots(1, 2, figsize=(WIDTH, 3.2), sharex=True)
+    for axes, bound in zip(grid, tables.BOUNDS, strict=True):
+        for shift, method in zip(_spread(len(methods)), methods, strict=True):
+            mine, dots = (t[(t["bound"] == bound) & (t["method"] == method)] for t in (theirs, parts))
+            places = np.arange(len(radii)) + shift
+            beside = dots["eps"].map(radii.index) + shift + 0.08
+            axes.plot(beside, dots["mean"], ".", color=COLOURS[method], ms=4, alpha=0.5)
+            error, look = 1.96 * mine["std"] / np.sqrt(mine["images"]), {"color": COLOURS[method], "capsize": 2}
+            axes.errorbar(places, mine["mean"], error, fmt=MARKERS[method], ms=5, label=method, **look)
+            axes.plot(places, mine["mean_paper"], "_", color="black", ms=8, mew=1.6, zorder=4)
+        axes.set(title=f"mean {bound}", xlabel="ε", ylim=(0, None))
+        axes.set_xticks(range(len(radii)), radii)
+    grid[0].legend(fontsize="small", loc="upper left")
+    return figure
+
+
 def brackets(part: pd.DataFrame, title: str) -> Figure:
     """The bracket EmpLB ≤ δ* ≤ FaithUB of each image as a vertical bar, images sorted by EmpLB.
 
@@ -456,9 +481,7 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
         axes.tick_params(axis="x", labelsize="x-small")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-    labels = [
-        ", ".join(part.removeprefix("train.").removeprefix("data.") for part in name.split(" ")) for name in names
-    ]
+    labels = [re.sub(r"\b(train|data|models)\.", "", name).replace(" ", ", ") for name in names]
     grid[0, 0].set_yticks(range(len(names)), [names[0], *labels[1:]])
     return figure
 

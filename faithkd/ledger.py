@@ -6,6 +6,7 @@ holds every source of chance that a single run, like the paper's, has.
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from faithkd import paper, tables
@@ -29,13 +30,8 @@ def per_seed(accuracy, robustness, faithfulness, steps=None, alphas=None) -> pd.
     The frames come from `experiment.over_seeds` of `accuracy`, `robustness`, `faithfulness`, `pgd_steps` (here with a
     column `eps`) and `faithfulness(alphas=True)`. Percentages are in %, bounds in units of confidence.
     """
-    made = [
-        ("accuracy", accuracy, lambda part: part),
-        ("table1", robustness, tables.table1),
-        ("table2", faithfulness, tables.table2),
-        ("table3", steps, _table3),
-        ("table5", alphas, lambda part: tables.table2(part, by="alpha")),
-    ]
+    made = [("accuracy", accuracy, lambda part: part), *_sampled(robustness, faithfulness, alphas)]
+    made.append(("table3", steps, _table3))
     return pd.concat(
         [
             _long(make(part.drop(columns="seed")), name).assign(seed=seed)
@@ -45,6 +41,40 @@ def per_seed(accuracy, robustness, faithfulness, steps=None, alphas=None) -> pd.
         ],
         ignore_index=True,
     )
+
+
+def fewer(robustness, faithfulness, alphas=None) -> pd.DataFrame:
+    """What the paper's smaller number of test images adds to the chance in each cell: columns KEYS and `drawn`.
+
+    Where a seed has n images, at least twice the paper's m (`paper.IMAGES`, §6), they are cut into parts of m. If d is
+    the standard deviation of the cell from part to part, a run with m images scatters by d √(1 − m/n) more than one
+    with n. Frames as for `per_seed`. Empty where the paper has more images than half of ours.
+    """
+    found = []
+    for name, frame, make in _sampled(robustness, faithfulness, alphas):
+        dataset = None if frame is None else frame["dataset"].iloc[0]
+        size = paper.IMAGES.get(dataset, np.inf)
+        for seed, part in () if frame is None else frame.groupby("seed"):
+            count = part["image"].nunique()
+            for number, images in tables.parts(part, size) if count >= 2 * size else ():
+                cell = _long(make(images.drop(columns="seed")), name)
+                found.append(cell.assign(seed=seed, part=number, share=1 - size / count))
+    if not found:
+        return pd.DataFrame(columns=[*KEYS, "drawn"])
+    each = (
+        pd.concat(found).groupby([*KEYS, "seed", "share"], sort=False)["value"].var().rename("variance").reset_index()
+    )
+    each["drawn"] = each["share"] * each["variance"]
+    return each.groupby(KEYS, sort=False)["drawn"].mean().pow(0.5).reset_index()
+
+
+def _sampled(robustness, faithfulness, alphas):
+    """The tables that average over test images: (name, frame of measurements image by image, what makes it)."""
+    return [
+        ("table1", robustness, tables.table1),
+        ("table2", faithfulness, tables.table2),
+        ("table5", alphas, lambda part: tables.table2(part, by="alpha")),
+    ]
 
 
 def papers() -> pd.DataFrame:
@@ -91,13 +121,14 @@ def _gained(table3: pd.DataFrame) -> pd.DataFrame:
     return frame.groupby(keys).mean().reset_index().melt(keys, var_name="measure")
 
 
-def cells(values: pd.DataFrame) -> pd.DataFrame:
+def cells(values: pd.DataFrame, fewer: pd.DataFrame | None = None) -> pd.DataFrame:
     """The paper's value beside ours, cell by cell, and whether its run could have been one of ours.
 
-    `values`: from `per_seed`. Columns: KEYS; `unit`; `paper`; `ours`, the mean over k `seeds`; `low` and `high`, the
-    95 % interval of that mean, mean ± t s / √k; `least` and `most`, the 95 % prediction interval for *one more run*,
-    mean ± t s √(1 + 1/k), with the t distribution of k − 1 degrees of freedom; `difference`, ours − paper; `relative`,
-    its share of the paper's value; `verdict` on the paper's single run, rounded as printed:
+    `values`: from `per_seed`; `fewer`: from the function of that name. Columns: KEYS; `unit`; `paper`; `ours`, the mean
+    over k `seeds`; `low` and `high`, the 95 % interval of that mean, mean ± t s / √k; `least` and `most`, the 95 %
+    prediction interval for *one more run*, mean ± t s √(1 + 1/k), with the t distribution of k − 1 degrees of freedom,
+    or with fewer images in the paper ± √(t² s² (1 + 1/k) + 1.96² `drawn`²); `difference`, ours − paper; `relative`, its
+    share of the paper's value; `verdict` on the paper's single run, rounded as printed:
 
     * "above", "below": the paper's value lies outside the prediction interval, and our mean is above or below it;
     * "within": it lies inside, and the interval is narrow: at most ± 5 points, or ± a quarter of the paper's value;
@@ -108,7 +139,9 @@ def cells(values: pd.DataFrame) -> pd.DataFrame:
     percent = found["table"].isin(["accuracy", "table1", "table3"])
     found["unit"] = np.where(percent, "%", "confidence")
     half = _quantile(found["seeds"]) * found["spread"]
-    error, reach = half / np.sqrt(found["seeds"]), half * np.sqrt(1 + 1 / found["seeds"])
+    drawn = 0.0 if fewer is None or fewer.empty else found.merge(fewer, "left", on=KEYS)["drawn"].fillna(0.0)
+    error = half / np.sqrt(found["seeds"])
+    reach = np.sqrt(half**2 * (1 + 1 / found["seeds"]) + (norm.ppf(0.5 + LEVEL / 2) * drawn) ** 2)
     found["low"], found["high"] = found["ours"] - error, found["ours"] + error
     found["least"], found["most"] = found["ours"] - reach, found["ours"] + reach
     found["difference"] = found["ours"] - found["paper"]

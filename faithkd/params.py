@@ -23,6 +23,7 @@ from faithkd.errors import FaithkdError
 from faithkd.paths import ROOT
 
 GROUP_LEAVES = ("evaluate.histograms",)  # mappings that may also be given whole
+FD_ONLY = re.compile(r"(train\.FD|models\.student)\.")  # what no other network depends on
 IMAGES = {  # name: (training images, test images, shape); digits is one set that is divided by seed
     "digits": (1397, 400, (1, 8, 8)),
     "mnist": (60_000, 10_000, (1, 28, 28)),
@@ -225,10 +226,15 @@ class Bounds(Group):
 
 
 class Ablation(Group):
-    """Table 5, and overrides that fill what the paper leaves open in other ways, such as "train.kl=reverse"."""
+    """Table 5, and what else notebook 11 varies, as overrides in a text: "data.space=pixel data.clip=true".
+
+    `settings` change the FD student alone, `readings` anything; of each reading the `students` are trained.
+    """
 
     alpha: Annotated[list[Share], Field(min_length=1)]
+    settings: list[str]
     readings: list[str]
+    students: Annotated[list[Literal["SD", "ARD", "RSLAD", "FD"]], Field(min_length=1)]
 
 
 class Params(Group):
@@ -324,18 +330,22 @@ def load(profile: str = "digits", overrides=None) -> Params:
         p = Params.model_validate({**raw, "profile": profile, "overrides": changes})
     except ValidationError as error:
         raise ParamsError(_explain(error, path, raw, changes)) from None
-    for place, text in enumerate(p.ablation.readings):
-        try:
-            changed(p, text)
-        except ParamsError as error:
-            where = "override" if "ablation.readings" in changes else _short(path)
-            raise ParamsError(f"{where}: ablation.readings[{place}], {text!r}:\n{error}") from None
+    for kind in ("settings", "readings"):
+        for place, text in enumerate(getattr(p.ablation, kind)):
+            try:
+                changed(p, text)
+                if kind == "settings" and (other := [name for name in _parse(text.split()) if not FD_ONLY.match(name)]):
+                    raise ParamsError(f"{other[0]} is no setting of FD's alone; put it in ablation.readings")
+            except ParamsError as error:
+                where = "override" if f"ablation.{kind}" in changes else _short(path)
+                raise ParamsError(f"{where}: ablation.{kind}[{place}], {text!r}:\n{error}") from None
     return p
 
 
 def changed(p: Params, text: str) -> Params:
-    """The parameters with the overrides in `text`, as in "data.space=pixel data.clip=true", and no more readings."""
-    return load(p.profile, {**p.overrides, "seed": p.seed, **_parse(text.split()), "ablation.readings": []})
+    """The parameters with the overrides in `text`, as in "data.space=pixel data.clip=true", and no further changes."""
+    none = {"ablation.settings": [], "ablation.readings": []}
+    return load(p.profile, {**p.overrides, "seed": p.seed, **_parse(text.split()), **none})
 
 
 def describe(p: Params):

@@ -17,8 +17,9 @@ def table1(robustness: pd.DataFrame) -> pd.DataFrame:
     """
     mean = robustness.groupby(["dataset", "eps", "method"], sort=False)[["robust", "agrees"]].mean() * 100
     wide = mean.unstack("method")
-    columns = {("robust", m): f"robust_accuracy_{m}" for m in ("RT", *STUDENTS)}
-    columns |= {("agrees", m): f"agreement_{m}" for m in STUDENTS}
+    methods = [m for m in ("RT", *STUDENTS) if m in set(robustness["method"])]
+    columns = {("robust", m): f"robust_accuracy_{m}" for m in methods}
+    columns |= {("agrees", m): f"agreement_{m}" for m in methods if m != "RT"}
     wide = wide[list(columns)].set_axis(list(columns.values()), axis=1)
     order = list(dict.fromkeys(zip(robustness["dataset"], robustness["eps"], strict=True)))
     return wide.loc[order].reset_index()
@@ -37,6 +38,23 @@ def table2(faithfulness: pd.DataFrame, by: str = "method") -> pd.DataFrame:
     result = groups.agg(mean="mean", std=lambda v: float(np.std(v)), images="count").reset_index()
     order = {value: place for place, value in enumerate(dict.fromkeys(faithfulness["eps"]))}
     return result.sort_values("eps", key=lambda e: e.map(order), kind="stable", ignore_index=True)
+
+
+def parts(frame: pd.DataFrame, size: int):
+    """The measurements of the first `size` images, of the next, and so on: yield (number from 0, frame).
+
+    `frame` has a row per image and whatever else it measures (ε, method, α), each with the images in the same order; a
+    last part with fewer images is left out. As test subsets are in random order, every part is a sample of its own.
+    """
+    place = frame["image"].map({image: place for place, image in enumerate(frame["image"].unique())})
+    for number in range(frame["image"].nunique() // size):
+        yield number, frame[place // size == number]
+
+
+def means_of_parts(faithfulness: pd.DataFrame, size: int) -> pd.DataFrame:
+    """Table 2's means from each of `parts`: columns dataset, eps, bound, method, mean, std, images, `part`."""
+    made = [table2(part).assign(part=number) for number, part in parts(faithfulness, size)]
+    return pd.concat(made, ignore_index=True)
 
 
 def table3(steps: pd.DataFrame, images: list[int]) -> pd.DataFrame:
@@ -146,12 +164,13 @@ def is_papers(dataset: str) -> bool:
 def layout(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table for people: (text of the cells, which cells are the best of their group), paper's value in brackets.
 
-    `name` is "table1", "table2", "table3", "table5", "best", "agreement", "claims", "autoattack" or "strong"; `table`
-    comes from the function of that name, from `agreement_intervals`, `auto_attack` or `ledger.claims`.
+    `name` is "table1", "table2", "table3", "table5", "sample" (`table2` of few images), "best", "agreement", "claims",
+    "autoattack" or "strong"; `table` comes from the function of that name, from `agreement_intervals`, `auto_attack` or
+    `ledger.claims`.
     """
     layouts = {"table1": _layout1, "table2": _layout2, "table3": _layout3, "table5": _layout5}
     layouts |= {"best": _layout_best, "agreement": _layout_agreement, "claims": _layout_claims}
-    layouts |= {"autoattack": _layout_auto_attack, "strong": _layout_strong}
+    layouts |= {"autoattack": _layout_auto_attack, "strong": _layout_strong, "sample": _layout2}
     return layouts[name](table)
 
 

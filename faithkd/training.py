@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import models, store
-from faithkd.attacks import Clip, ascend
+from faithkd import store
+from faithkd.attacks import Clip, ascend, fastest
 from faithkd.data import Split
 from faithkd.losses import Method, attack_difference, attack_labels, attack_soft_labels, cross_entropy
 
@@ -129,11 +129,9 @@ def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, gene
     """Where PGD finds `objective(network, teacher, x, y)` highest on the training ball, eq. (2); x for None."""
     if objective is None:
         return x
-    pair, start = (network, teacher), x
-    fast = tuple(None if net is None else models.on_blocks(net, x.shape[1:]) for net in pair)
-    on_blocks = all(new is not None or old is None for old, new in zip(pair, fast, strict=True)) and _blind(objective)
-    if on_blocks:
-        pair, start = fast, models.to_blocks(x)
+    pair, start, back = (network, teacher), x, None
+    if _blind(objective):
+        pair, start, clip, back = fastest(pair, x, clip)
     # Only the gradient in x is wanted; freezing the weights spares every backward step the one in W.
     network.requires_grad_(False)
     end = ascend(
@@ -146,7 +144,7 @@ def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, gene
         clip=clip,
     )
     network.requires_grad_(True)
-    return models.from_blocks(end) if on_blocks else end
+    return back(end) if back else end
 
 
 def _blind(objective) -> bool:

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faithkd.attacks import ascend, ball, random_start, search
+from faithkd import models, params
+from faithkd.attacks import ascend, ball, fastest, random_start, search
 
 
 def generator(seed=0):
@@ -104,6 +105,21 @@ def test_clip_keeps_inputs_valid():
     x, clip = torch.rand(10, 4, generator=generator()), (torch.tensor(0.0), torch.tensor(1.0))
     z = ascend(lambda z: z.sum(1), x, 0.9, steps=5, step_size=0.3, generator=generator(), clip=clip)
     assert float(z.max()) <= 1 and float(z.min()) >= 0
+
+
+def test_convolutions_are_climbed_on_blocks_and_the_ball_stays_the_same():
+    p = params.load("cifar10")
+    nets = [models.build(a, (3, 32, 32), seed=0) for a in (p.models.student, p.models.teacher)]
+    x = torch.rand(4, 3, 32, 32)
+    clip = tuple(torch.tensor(ends).view(3, 1, 1) for ends in ([0.1, 0.0, 0.2], [0.9, 1.0, 0.8]))
+    fast, blocks, inside, back = fastest((nets[0], None, nets[1]), x, clip)
+    assert fast[1] is None and blocks.shape == (4, 12, 16, 16) and torch.equal(back(blocks), x)
+    for quick, network in zip((fast[0], fast[2]), nets, strict=True):
+        torch.testing.assert_close(quick(blocks), network(x), rtol=0, atol=1e-5)
+    for corner, plain in zip(ball(blocks, 0.05, inside), ball(x, 0.05, clip), strict=True):
+        assert torch.equal(back(corner), plain)
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    assert fastest((nets[0], other), x, clip)[:3] == ((nets[0], other), x, clip), "all or none"
 
 
 def test_attacks_work_where_gradients_are_switched_off():

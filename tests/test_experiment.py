@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from faithkd import data, evaluation, experiment, figures, ledger, losses, paper, params, source, tables
+from faithkd import bounds, data, evaluation, experiment, figures, ledger, losses, paper, params, source, tables
 from faithkd.errors import FaithkdError
 from faithkd.losses import Method
 from faithkd.paper import STUDENTS
@@ -99,13 +99,59 @@ def test_measurements_follow_the_code_that_makes_them(p, monkeypatch, tmp_path):
     before = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
     monkeypatch.setattr(experiment, "MEASURE", "another engine")
     made = []
+    trivial = {f"{end}{c}": [value] * 2 for end, value in (("lower", 0.0), ("upper", 1.0)) for c in range(10)}
     monkeypatch.setattr(
-        experiment,
-        "_upper_bound",
-        lambda *a: made.append(a) or pd.DataFrame({"FaithUB": [1.0, 1.0], "status": ["certified"] * 2}),
+        experiment, "_confidences", lambda *a: made.append(a) or pd.DataFrame(trivial | {"finite": [True, False]})
     )
     after = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
     assert made and (after["FaithUB"] == 1).all() and (before["FaithUB"] < 1).all()
+    assert after["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
+
+
+def test_a_teacher_is_bounded_once_for_all_students_and_nothing_else_changes(p, faithfulness, monkeypatch):
+    calls, alone = [], experiment.difference_bounds
+    monkeypatch.setattr(experiment, "difference_bounds", lambda net, *a, **o: calls.append(net) or alone(net, *a, **o))
+    monkeypatch.setattr(experiment, "MEASURE", "counted")
+    monkeypatch.setenv("FAITHKD_JOBS", "1")
+    again = experiment.faithfulness(p)
+    assert again["FaithUB"].equals(faithfulness["FaithUB"])
+    assert len(calls) == len(p.evaluate.eps) * (1 + len(STUDENTS))
+    images, eps = data.test_subset(p), str(p.evaluate.eps[-1])
+    for method in STUDENTS:
+        pair = experiment.teacher(p), experiment.student(p, method)
+        whole = bounds.faithfulness_upper_bound(*pair, images.x, float(eps), method=p.bounds.method)
+        part = faithfulness[(faithfulness["method"] == method) & (faithfulness["eps"] == eps)]
+        assert np.allclose(part["FaithUB"], whole.values, rtol=0, atol=1e-12)
+        assert part["status"].tolist() == whole.status
+
+
+def test_what_overflows_is_the_trivial_bound():
+    sure = pd.DataFrame({"lower0": [0.9, 0.9], "lower1": [0.0, 0.0], "upper0": [1.0, 1.0], "upper1": [0.1, 0.1]})
+    found = experiment._eq11(sure.assign(finite=True), sure.assign(finite=[True, False]))
+    assert found["FaithUB"].tolist() == [pytest.approx(0.1), 1.0]
+    assert found["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
+
+
+def test_settings_change_the_student_alone(p):
+    frame = experiment.settings(p)
+    assert frame["reading"].unique().tolist() == [experiment.AS_IS, *p.ablation.settings]
+    assert set(frame["method"]) == {"FD"} and set(frame["table"]) == {"table2"}
+    own = frame[(frame["reading"] == experiment.AS_IS) & (frame["seed"] == p.seed)]
+    means = tables.table2(experiment.faithfulness(p)).query("method == 'FD'").set_index(["eps", "bound"])["mean"]
+    found = own[own["measure"].isin(tables.BOUNDS)].set_index(["eps", "measure"])["value"]
+    assert np.allclose(found, means.loc[found.index])
+    q = params.changed(p, p.ablation.settings[0])
+    assert experiment.fingerprint(experiment.teacher(q)) == experiment.fingerprint(experiment.teacher(p))
+    assert experiment.fingerprint(experiment.student(q, "FD")) != experiment.fingerprint(experiment.student(p, "FD"))
+
+
+def test_readings_train_only_the_students_they_are_asked_for(p, monkeypatch):
+    few = params.load("smoke", {**p.overrides, "ablation.students": ["FD"], "ablation.readings": ["train.epochs=1"]})
+    experiment.teacher(p)
+    calls = count_trainings(monkeypatch)
+    frame = experiment.readings(few)
+    assert {call.split()[-1] for call in calls} == {"RT", "FD"}
+    assert set(frame["method"]) == {"RT", "FD"} and set(frame["measure"]) >= {"accuracy", "agreement", "EmpLB"}
 
 
 def test_a_loss_without_source_is_refused(p, monkeypatch):
@@ -172,9 +218,12 @@ def test_a_crossed_bracket_stops_everything(p, monkeypatch):
     def wrong(*arguments, **options):
         return pd.DataFrame({"FaithUB": [0.0, float("nan"), 0.0], "status": ["certified"] * 3})
 
+    monkeypatch.setattr(experiment, "_eq11", wrong)
     monkeypatch.setattr(experiment, "_upper_bound", wrong)
-    with pytest.raises(AssertionError, match="EmpLB > FaithUB"):
-        experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0871)
+    for method in ("crown", "joint"):  # made of both networks' own, and of the pair
+        q = params.load("smoke", {**p.overrides, "bounds.method": method})
+        with pytest.raises(AssertionError, match="EmpLB > FaithUB"):
+            experiment.bracket(q, guide, experiment.student(p, "SD"), images, 0.0871)
 
 
 def test_any_pair_can_be_measured(p):

@@ -319,6 +319,47 @@ def test_the_paper_has_every_claimed_data_set():
     assert set(paper.table("accuracy")["dataset"]) == {"mnist", "fashion_mnist", "cifar10"}
 
 
+def test_fewer_images_in_the_paper_widen_the_interval():
+    """The paper's CIFAR-10 has 100 images, and draws a mean with ten times the variance of our thousand."""
+    chance, rows = np.random.default_rng(3), []
+    for seed in range(2):
+        for method in STUDENTS:
+            value = chance.random(1000)
+            rows.append(pd.DataFrame({"image": range(1000), "EmpLB": 0.0, "FaithUB": value, "method": method}).assign(
+                dataset="cifar10", eps="8/255", seed=seed))  # fmt: skip
+    bounds = pd.concat(rows, ignore_index=True)
+    held = robustness({m: [0.5] * 2 for m in ("RT", *STUDENTS)}, radii=("8/255",), images=1000)
+    held["dataset"] = "cifar10"
+    fewer = ledger.fewer(held, bounds)
+    drawn = fewer.set_index(["measure", "method"])["drawn"]
+    # uniform numbers: variance 1/12; 18 degrees of freedom know it to a third or so
+    assert drawn["FaithUB"].pow(2).mean() == pytest.approx(0.9 / 12 / 100, rel=0.35)
+    assert (drawn["EmpLB"] == 0).all() and (drawn["robust accuracy"] > 0).all()
+    values = ledger.per_seed(None, held, bounds)
+    narrow, wide = (ledger.cells(values, more).set_index(ledger.KEYS) for more in (None, fewer))
+    reach = [(cells["most"] - cells["ours"]) ** 2 for cells in (narrow, wide)]
+    extra = (1.959964 * fewer.set_index(ledger.KEYS)["drawn"]) ** 2
+    assert np.allclose((reach[1] - reach[0]).loc[extra.index.intersection(wide.index)], extra.loc[wide.index])
+    assert (wide[["low", "high"]] == narrow[["low", "high"]]).all(axis=None), "our own mean is as sure as before"
+
+
+def test_where_the_paper_has_as_many_images_nothing_is_added():
+    held = robustness({m: [0.5] * 2 for m in ("RT", *STUDENTS)}, images=1000)
+    bounds = faithfulness({("0.1", m): (0.1, 0.3) for m in STUDENTS}, images=1000)
+    assert ledger.fewer(held, bounds).empty and ledger.fewer(held.assign(dataset="digits"), bounds).empty
+    values = ledger.per_seed(None, held, bounds)
+    assert ledger.cells(values, ledger.fewer(held, bounds)).equals(ledger.cells(values))
+
+
+def test_parts_are_consecutive_images_in_the_order_of_the_subset():
+    frame = faithfulness({("0.1", m): (0.1, 0.3) for m in STUDENTS}, seeds=1, images=7)
+    frame["image"] = frame["image"].map([50, 3, 9, 1, 77, 8, 2].__getitem__)
+    found = dict(tables.parts(frame, 3))
+    assert {number: part["image"].unique().tolist() for number, part in found.items()} == {0: [50, 3, 9], 1: [1, 77, 8]}
+    means = tables.means_of_parts(frame, 3)
+    assert means.index.is_unique and len(means) == 2 * 4 * 2 and (means["images"] == 3).all()
+
+
 def test_distances_are_the_mean_over_the_papers_cells():
     theirs = ledger.papers().query("dataset == 'mnist'").rename(columns={"paper": "value"})
     off = {"a": 0.5, "b": -2.0}

@@ -118,7 +118,7 @@ def test_one_process_several_and_a_cluster_make_the_same_table(monkeypatch, tmp_
             patch.setenv(f"FAITHKD_{name}", value)
             tables.append(sweep())
         files.append(stored())
-    assert len(tables[0]) == 66 and len(files[0]) == 2 * (1 + 7)
+    assert len(tables[0]) == 66 and len(files[0]) == 2 * (1 + 2 * 7)
     for table in tables[1:]:
         pd.testing.assert_frame_equal(table, tables[0], check_exact=True)
     assert files[0] == files[1] == files[2]
@@ -137,7 +137,7 @@ def test_pieces_are_the_whole():
 
 def test_a_sweep_that_failed_goes_on_where_it_was(monkeypatch):
     monkeypatch.setenv("FAITHKD_JOBS", "1")
-    made, real = [], experiment._upper_bound
+    made, real = [], experiment._confidences
 
     def third_fails(*arguments):
         made.append(arguments)
@@ -145,14 +145,14 @@ def test_a_sweep_that_failed_goes_on_where_it_was(monkeypatch):
             raise OSError("pulled the plug")
         return real(*arguments)
 
-    monkeypatch.setattr(experiment, "_upper_bound", third_fails)
+    monkeypatch.setattr(experiment, "_confidences", third_fails)
     with pytest.raises(OSError, match="plug"):
         sweep()
     assert len(stored()) == 2 + 2, "two EmpLB and two finished pieces"
     first = sweep()
-    assert len(made) == 3 + 12
+    assert len(made) == 3 + 26
     pd.testing.assert_frame_equal(sweep(), first)
-    assert len(made) == 3 + 12
+    assert len(made) == 3 + 26
 
 
 STUCK = """
@@ -160,13 +160,13 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import test_parallel
 from faithkd import experiment, parallel
-real = experiment._upper_bound
+real = experiment._confidences
 def stuck(*arguments):
     if arguments[-1] == 0.2:
         time.sleep(600)
     return real(*arguments)
 if __name__ == "__main__":
-    experiment._upper_bound, experiment.PIECE, parallel.SAMPLE = stuck, {"crown": 5}, 0.0
+    experiment._confidences, experiment.PIECE, parallel.SAMPLE = stuck, {"crown": 5}, 0.0
     test_parallel.sweep()
 """
 
@@ -174,7 +174,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_sweep_leaves_its_pieces_and_no_process(number, monkeypatch, tmp_path):
     """Nothing depends on timing: all pieces of the second radius are stuck, so that just the others are finished."""
-    script, finished = tmp_path / "stuck.py", 2 + 7
+    script, finished = tmp_path / "stuck.py", 2 + 2 * 7
     script.write_text(STUCK)
     environment = {**os.environ, "FAITHKD_JOBS": "2"}
     launch = (
@@ -193,11 +193,11 @@ def test_a_killed_sweep_leaves_its_pieces_and_no_process(number, monkeypatch, tm
         process.kill()
     until(lambda: not any(child.is_running() and child.status() != "zombie" for child in children))
     assert children and len(stored()) == finished
-    made, real = [], experiment._upper_bound
-    monkeypatch.setattr(experiment, "_upper_bound", lambda *arguments: made.append(arguments) or real(*arguments))
+    made, real = [], experiment._confidences
+    monkeypatch.setattr(experiment, "_confidences", lambda *arguments: made.append(arguments) or real(*arguments))
     monkeypatch.setenv("FAITHKD_JOBS", "1")
     again = sweep()
-    assert len(made) == 7
+    assert len(made) == 2 * 7
     monkeypatch.setenv("FAITHKD_STORE", str(tmp_path / "another"))
     pd.testing.assert_frame_equal(again, sweep(), check_exact=True)
 

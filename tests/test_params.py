@@ -104,7 +104,7 @@ def test_evaluation_settings_are_the_papers():
     assert mnist.evaluate.eps == [0.025, 0.05, 0.1, 0.15, 0.2]
     assert [str(eps) for eps in fashion.evaluate.eps] == ["4/255", "8/255", "12/255", "16/255", "20/255"]
     assert cifar10.evaluate.eps == fashion.evaluate.eps
-    assert [p.data.test_images for p in (mnist, fashion, cifar10)] == [1000, 1000, 100]
+    assert [p.data.test_images for p in (mnist, fashion, cifar10)] == [1000] * 3, "no fewer than paper.IMAGES"
     for p in (mnist, fashion, cifar10):
         assert (p.evaluate.steps, p.evaluate.step_factor, p.evaluate.restarts) == (50, 2.5, 5)
         assert (p.data.space, p.data.clip) == ("standardised", False)
@@ -292,6 +292,14 @@ def test_readings_are_checked_with_everything_else():
         with pytest.raises(ParamsError, match=re.escape(what)) as caught:
             params.load("mnist", {"ablation.readings": ["train.kl=reverse", wrong]})
         assert f"ablation.readings[1], {wrong!r}" in str(caught.value)
+
+
+def test_settings_leave_every_other_network_alone():
+    wanted = ["train.FD.temperature=9", "models.student.hidden=[7] train.FD.alpha=1"]
+    assert params.load("mnist", {"ablation.settings": wanted}).ablation.settings == wanted
+    for wrong in ("train.SD.alpha=1", "train.epochs=2", "train.FD.alpha=1 seed=3", "models.teacher.hidden=[7]"):
+        with pytest.raises(ParamsError, match="is no setting of FD's alone; put it in ablation.readings"):
+            params.load("mnist", {"ablation.settings": [wrong]})
 
 
 def test_ratio_keeps_its_text_and_is_a_number():

@@ -6,23 +6,31 @@ image), `tree`, `apart` and `branch` (branch and bound), `agreement`; and `ladde
 """
 
 from faithkd.bounds.ladder import (
+    ALONE,
+    CERTIFIED,
     LADDER,
     METHODS,
+    NOT_FINITE,
     UpperBound,
     certified_agreement,
     difference_bounds,
     faithfulness_upper_bound,
 )
-from faithkd.bounds.softmax import softmax_interval
+from faithkd.bounds.softmax import interval_bound, softmax_interval
 
 __all__ = [
+    "ALONE",
+    "CERTIFIED",
     "LADDER",
     "METHODS",
+    "NOT_FINITE",
     "UpperBound",
     "certified_agreement",
     "difference_bounds",
     "faithfulness_upper_bound",
+    "interval_bound",
     "softmax_bounds",
+    "softmax_interval",
 ]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from faithkd.bounds import programs, solvers
 from faithkd.bounds.linear import BUDGET, Box, Lines, over_ball, pull, relax, widest
 from faithkd.bounds.network import Network, forward, windows
-from faithkd.bounds.softmax import class_bounds
+from faithkd.bounds.softmax import class_bounds, softmax_interval
 
 TOLERANCE = 1e-6  # a part this close to a value that is attained needs no cut: it moves a confidence by < 2.5e-7
 SMALL = 1e-3  # so that a gap counts also where the LP gains nothing from it
@@ -82,7 +82,7 @@ def climb(images: list[Image], highest: list[Tensor], nodes: int) -> tuple[list[
         maxima(images[0], highest[0], gaps[0], torch.ones(classes, classes, dtype=torch.bool), nodes)
         return highest, note(gaps[0], nodes)
     done = torch.zeros(2 * classes, dtype=torch.bool)
-    while not done[place := int(class_bounds(*highest).flatten().argmax())]:
+    while not done[place := int(class_bounds(*map(softmax_interval, highest)).flatten().argmax())]:
         done[place] = True
         order, label = divmod(place, classes)
         for q, image in enumerate(images):

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+Interval = tuple[Tensor, Tensor]
+
 
 def softmax_interval(highest: Tensor) -> tuple[Tensor, Tensor]:
     """Interval of each softmax component over a box of logit differences, eq. (10).
@@ -26,15 +28,18 @@ def softmax_interval(highest: Tensor) -> tuple[Tensor, Tensor]:
     return (lower - slack).nan_to_num(0.0).clamp(0, 1), (upper + slack).nan_to_num(1.0).clamp(0, 1)
 
 
-def class_bounds(teacher: Tensor, student: Tensor) -> Tensor:
-    """Largest f_t^i - f_s^i and f_s^i - f_t^i of each class i, two `(..., C, C)` to `(..., 2, C)`, eq. (11)."""
-    teacher_lower, teacher_upper = softmax_interval(teacher)
-    student_lower, student_upper = softmax_interval(student)
-    return torch.stack([teacher_upper - student_lower, student_upper - teacher_lower], -2)
+def class_bounds(teacher: Interval, student: Interval) -> Tensor:
+    """Largest f_t^i - f_s^i and f_s^i - f_t^i of each class i, `(..., 2, C)`, eq. (11), from `softmax_interval`."""
+    return torch.stack([teacher[1] - student[0], student[1] - teacher[0]], -2)
 
 
 def pair_bound(teacher: Tensor, student: Tensor) -> Tensor:
     """Upper bound of ||f_t(x) - f_s(x)||_inf over the ball, two `(N, C, C)` to `(N,)` in [0, 1], eq. (11)."""
-    gap = class_bounds(teacher, student).amax((-2, -1))
     unknown = (teacher.isnan() | student.isnan()).flatten(-2).any(-1)
-    return (gap + 2.0**-52).masked_fill(unknown, 1.0).clamp(0, 1)
+    return interval_bound(softmax_interval(teacher), softmax_interval(student)).masked_fill(unknown, 1.0)
+
+
+def interval_bound(teacher: Interval, student: Interval) -> Tensor:
+    """`pair_bound` from what is known of each network by itself, its `softmax_interval`: `(N,)` in [0, 1], eq. (11)."""
+    gap = class_bounds(teacher, student).amax((-2, -1))
+    return (gap + 2.0**-52).nan_to_num(1.0).clamp(0, 1)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 STUDENTS = ("SD", "ARD", "RSLAD", "FD")
+IMAGES = {"mnist": 1000, "fashion_mnist": 1000, "cifar10": 100}  # §6: the test images behind Tables 1, 2 and 5
 
 
 def table(name: str):
