@@ -44,6 +44,7 @@ MEASURE = source.digest_files(
 PIECE = {"interval": 100, "crown": 100}
 SLOW_PIECE = 10
 
+RUNGS = ("interval", "crown", "alpha-crown", "joint")  # steps below `best` that take seconds at most
 AS_IS = "as in the profile"  # among `readings`, the parameters unchanged
 
 # Networks this small run faster on one thread, and their sums come out the same whatever else the machine does.
@@ -208,7 +209,7 @@ def settings(p: Params) -> pd.DataFrame:
 
     Only the student is trained anew, from one seed; the teacher and the test images stay.
     """
-    return _changes(p, p.ablation.settings, (_nothing, _nothing, faithfulness), ["FD"])
+    return _changes(p, p.ablation.settings, (faithfulness,), ["FD"])
 
 
 def _changes(p: Params, texts: list[str], measures: tuple, methods: list[str]) -> pd.DataFrame:
@@ -216,14 +217,9 @@ def _changes(p: Params, texts: list[str], measures: tuple, methods: list[str]) -
     runs = [(AS_IS, q) for q in repeats(p)] + [(text, changed(p, text)) for text in texts]
     parts = []
     for name, q in runs:
-        frames = (measure(q, methods=methods) for measure in measures)
-        cells = ledger.per_seed(*(None if frame is None else frame.assign(seed=q.seed) for frame in frames))
-        parts.append(cells.assign(reading=name))
+        frames = {measure.__name__: measure(q, methods=methods).assign(seed=q.seed) for measure in measures}
+        parts.append(ledger.per_seed(**frames).assign(reading=name))
     return pd.concat(parts, ignore_index=True)
-
-
-def _nothing(p: Params, methods) -> None:
-    """A measure that is not taken."""
 
 
 def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
@@ -294,6 +290,34 @@ def best(p: Params) -> pd.DataFrame:
     if (frame["agreement_certified"] & ~frame["agrees"]).any():
         raise AssertionError(f"an agreement is certified where PGD disagrees, please report it\n{frame}")
     return frame
+
+
+def ladder(p: Params) -> pd.DataFrame:
+    """Upper bounds of the FD student by each step of RUNGS and by `best`, on the images of `best`, for every ε.
+
+    One row per (dataset, eps, rung, image) with `FaithUB`; that no step is above the one before is checked.
+    """
+    count = min(p.bounds.best_images, p.data.test_images)
+    images, guide, network = _owned(data.test_subset(p)[torch.arange(count)]), teacher(p), student(p, "FD")
+    pieces = [images[rows] for rows in torch.arange(count).split(SLOW_PIECE)]
+    work = [(eps, rung) for eps in p.evaluate.eps for rung in RUNGS]
+    tasks = [_pair_task(_by(p, rung), guide, network, part, float(eps)) for eps, rung in work for part in pieces]
+    tables = iter(_tables(tasks, f"{p.profile}: step by step"))
+    parts = []
+    for eps, rung in work:
+        found = pd.concat([next(tables) for _ in pieces], ignore_index=True)
+        parts.append(_named(p, found[["FaithUB"]], images, eps=str(eps), rung=rung))
+    last = best(p).query("method == 'FD'").drop(columns="FaithUB").rename(columns={"BestUB": "FaithUB"})
+    parts.append(last.assign(rung="best")[list(parts[0])])
+    frame = pd.concat(parts, ignore_index=True)
+    steps = frame.pivot(index=["eps", "image"], columns="rung", values="FaithUB")[[*RUNGS, "best"]]
+    if not (steps.diff(axis=1).iloc[:, 1:] <= 1e-9).all(axis=None):
+        raise AssertionError(f"a step lies above the one before, please report it\n{steps}")
+    return frame
+
+
+def _by(p: Params, method: str) -> Params:
+    return p.model_copy(update={"bounds": p.bounds.model_copy(update={"method": method})})
 
 
 def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float, steps: int | None = None):
@@ -540,7 +564,9 @@ def _best(p: Params, guide, network, images: Split, eps: float) -> pd.DataFrame:
     bound = faithfulness_upper_bound(
         guide, network, images.x, eps, method="best", nodes=p.bounds.best_nodes, seed=p.seed, clip=clip, jobs=1
     )
-    holds = certified_agreement(guide, network, images.x, eps, clip=clip)
+    # where PGD finds a disagreement, none is left to be excluded
+    holds = evaluation.agreement(guide, network, images.x, eps, **_attack_options(p)).holds
+    holds[holds.clone()] = certified_agreement(guide, network, images.x[holds], eps, clip=clip)
     columns = {"BestLB": bound.lower.numpy(), "BestUB": bound.values.numpy(), "step": bound.step}
     return pd.DataFrame(columns | {"agreement_certified": holds.numpy()})
 

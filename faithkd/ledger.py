@@ -18,13 +18,12 @@ KEYS = ["table", "dataset", "eps", "measure", "method"]  # what names a cell
 NARROW = {"%": 5.0, "confidence": 0.25}  # up to ± 5 points, or ± a quarter of the paper's value, it says something
 ROUNDING = {"accuracy": 0.005, "table1": 0.05, "table2": 5e-4, "table3": 0.0, "table5": 5e-4}  # of the paper's print
 FLOAT_NOISE = 1e-4  # a smaller difference of two EmpLB may be rounding (claim C6)
-CEILING = 0.99  # where both FaithUB of a pair lie above it on average, they say nothing and are not compared
 
 
 # --- cells: every number that the paper prints and a run can repeat
 
 
-def per_seed(accuracy, robustness, faithfulness, steps=None, alphas=None) -> pd.DataFrame:
+def per_seed(accuracy=None, robustness=None, faithfulness=None, steps=None, alphas=None) -> pd.DataFrame:
     """Every cell of accuracy and Tables 1, 2, 3 and 5 from each seed: columns KEYS, `seed`, `value`.
 
     The frames come from `experiment.over_seeds` of `accuracy`, `robustness`, `faithfulness`, `pgd_steps` (here with a
@@ -61,10 +60,8 @@ def fewer(robustness, faithfulness, alphas=None) -> pd.DataFrame:
                 found.append(cell.assign(seed=seed, part=number, share=1 - size / count))
     if not found:
         return pd.DataFrame(columns=[*KEYS, "drawn"])
-    each = (
-        pd.concat(found).groupby([*KEYS, "seed", "share"], sort=False)["value"].var().rename("variance").reset_index()
-    )
-    each["drawn"] = each["share"] * each["variance"]
+    each = pd.concat(found).groupby([*KEYS, "seed", "share"], sort=False)["value"].var().reset_index()
+    each["drawn"] = each["share"] * each["value"]
     return each.groupby(KEYS, sort=False)["drawn"].mean().pow(0.5).reset_index()
 
 
@@ -253,7 +250,7 @@ def lead(frame, measure: str, favourites, rivals=None, by: str = "method") -> pd
         for other in rivals or [method for method in STUDENTS if method != one]:
             margin = wide[other] - wide[one] if measure in tables.BOUNDS else 100 * (wide[one] - wide[other])
             if measure == "FaithUB":
-                margin = margin[means[[one, other]].min(axis=1) <= CEILING]
+                margin = margin[means[[one, other]].min(axis=1) <= tables.CEILING]
             margins[f"{measure}: {one} against {other}"] = margin
     return _long_margins(margins, ["pair", "eps", "seed", "image"], radii)
 

@@ -8,6 +8,7 @@ from faithkd.paper import STUDENTS
 
 MEASURES = ("robust_accuracy", "agreement")
 BOUNDS = ("EmpLB", "FaithUB")
+CEILING = 0.99  # a FaithUB above it says nothing
 
 
 def table1(robustness: pd.DataFrame) -> pd.DataFrame:
@@ -112,6 +113,18 @@ def best(frame: pd.DataFrame) -> pd.DataFrame:
     return means.reset_index()
 
 
+def ladder(frame: pd.DataFrame) -> pd.DataFrame:
+    """How far each step of the bounds gets, per (dataset, eps, rung); `frame` is that of `experiment.ladder`.
+
+    `mean`, and `informative`, the share of images in % whose bound is below CEILING, so that it says something.
+    """
+    groups = frame.assign(informative=100.0 * (frame["FaithUB"] < CEILING)).groupby(
+        ["dataset", "eps", "rung"], sort=False
+    )
+    columns = {"mean": ("FaithUB", "mean"), "informative": ("informative", "mean"), "images": ("FaithUB", "size")}
+    return groups.agg(**columns).reset_index()
+
+
 def agreement_intervals(frame: pd.DataFrame) -> pd.DataFrame:
     """Def. 3 between a certified and an empirical value, in %, per (dataset, eps, method).
 
@@ -164,13 +177,14 @@ def is_papers(dataset: str) -> bool:
 def layout(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table for people: (text of the cells, which cells are the best of their group), paper's value in brackets.
 
-    `name` is "table1", "table2", "table3", "table5", "sample" (`table2` of few images), "best", "agreement", "claims",
-    "autoattack" or "strong"; `table` comes from the function of that name, from `agreement_intervals`, `auto_attack` or
-    `ledger.claims`.
+    `name` is "table1", "table2", "table3", "table5", "sample" (`table2` of few images), "best", "ladder", "agreement",
+    "claims", "autoattack" or "strong"; `table` comes from the function of that name, from `agreement_intervals`,
+    `auto_attack` or `ledger.claims`.
     """
     layouts = {"table1": _layout1, "table2": _layout2, "table3": _layout3, "table5": _layout5}
     layouts |= {"best": _layout_best, "agreement": _layout_agreement, "claims": _layout_claims}
     layouts |= {"autoattack": _layout_auto_attack, "strong": _layout_strong, "sample": _layout2}
+    layouts |= {"ladder": _layout_ladder}
     return layouts[name](table)
 
 
@@ -249,6 +263,17 @@ def _layout_best(table: pd.DataFrame):
         cells["gap closed (%)", method] = ["–" if pd.isna(value) else f"{value:.0f}" for value in closed]
         best["gap closed (%)", method] = [False] * len(radii)
     return _frames(cells, best, pd.Index(radii, name="ε"))
+
+
+def _layout_ladder(table: pd.DataFrame):
+    rows, radii = table.set_index(["rung", "eps"]), list(dict.fromkeys(table["eps"]))
+    rungs, title = list(dict.fromkeys(table["rung"])), f"mean bound [images below {CEILING}] at ε"
+    cells, best = {}, {}
+    for eps in radii:
+        pairs = [rows.loc[(rung, eps), ["mean", "informative"]] for rung in rungs]
+        cells[title, eps] = [f"{mean:.3f} [{share:.0f} %]" for mean, share in pairs]
+        best[title, eps] = [rung == "best" for rung in rungs]
+    return _frames(cells, best, pd.Index(rungs, name="step"))
 
 
 def _layout_agreement(table: pd.DataFrame):

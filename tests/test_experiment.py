@@ -132,6 +132,32 @@ def test_what_overflows_is_the_trivial_bound():
     assert found["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
 
 
+def test_the_ladder_begins_at_intervals_and_ends_at_best(p, faithfulness):
+    table = tables.ladder(experiment.ladder(p)).set_index(["eps", "rung"])
+    summary = tables.best(experiment.best(p)).query("method == 'FD'").set_index("eps")
+    for eps in map(str, p.evaluate.eps):
+        assert table["mean"][eps, "best"] == pytest.approx(summary["BestUB"][eps])
+        assert table["mean"][eps, "crown"] == pytest.approx(summary["FaithUB"][eps], abs=1e-9)
+        assert table["mean"][eps, "interval"] >= table["mean"][eps, "crown"]
+    cells, bold = tables.layout(table.reset_index(), "ladder")
+    assert list(cells.index) == [*experiment.RUNGS, "best"] and bold.loc["best"].all() and bold.to_numpy().sum() == 2
+    odd = pd.DataFrame({"dataset": "digits", "eps": "1", "rung": "crown", "FaithUB": [0.5, 0.995]})
+    assert tables.ladder(odd)["informative"].item() == 50
+
+
+def test_a_step_above_the_one_before_stops_everything(p, monkeypatch):
+    def wrong(*arguments, **options):
+        made = float(arguments[0].bounds.method == "joint")
+        return pd.DataFrame({"FaithUB": [made] * len(arguments[3]), "status": ["certified"] * len(arguments[3])})
+
+    found = experiment.best(p)
+    monkeypatch.setattr(experiment, "best", lambda p: found)
+    monkeypatch.setattr(experiment, "MEASURE", "climbs")
+    monkeypatch.setattr(experiment, "_upper_bound", wrong)
+    with pytest.raises(AssertionError, match="a step lies above"):
+        experiment.ladder(p)
+
+
 def test_settings_change_the_student_alone(p):
     frame = experiment.settings(p)
     assert frame["reading"].unique().tolist() == [experiment.AS_IS, *p.ablation.settings]
