@@ -455,7 +455,11 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
     value below half or above twice the unchanged one would squeeze all others: an arrow tells it in figures.
     """
     names, papers = list(dict.fromkeys(frame["reading"])), ledger.papers()
-    size = (WIDTH, 0.27 * len(names) + 1.1)
+    # a line for each override: in one, they would take the panels' width
+    changes = [re.sub(r"\b(train|data|models)\.", "", name).replace(" ", "\n") for name in names[1:]]
+    labels = [names[0], *changes]
+    height = max(0.27, 0.17 * max(label.count("\n") + 1 for label in labels))
+    size = (WIDTH, height * len(names) + 1.1)
     figure, grid = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for axes, (measure, method, eps) in zip(grid[0], panels, strict=True):
         part = _cells(frame, measure, method, eps)
@@ -481,8 +485,7 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
         axes.tick_params(axis="x", labelsize="x-small")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-    labels = [re.sub(r"\b(train|data|models)\.", "", name).replace(" ", ", ") for name in names]
-    grid[0, 0].set_yticks(range(len(names)), [names[0], *labels[1:]])
+    grid[0, 0].set_yticks(range(len(names)), labels)
     return figure
 
 
