@@ -56,17 +56,17 @@ def test_what_every_bound_must_satisfy(check):
 def test_random_fully_connected_pairs_of_any_depth(seed, first, second, eps, factor):
     teacher = fully_connected(3, *first, 3, seed=seed, factor=factor)
     student = fully_connected(3, *second, 3, seed=seed + 1, factor=factor)
-    never_above(teacher, student, torch.randn(1, 3, dtype=torch.float64), eps)
+    assert_never_above(teacher, student, torch.randn(1, 3, dtype=torch.float64), eps)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.2, 0.6]), st.sampled_from([1.0, 2.0]))
 def test_random_convolutional_pairs(seed, eps, factor):
     teacher, student = convolutional(seed, factor)
-    never_above(teacher, student, torch.randn(1, 1, 4, 4, dtype=torch.float64), eps)
+    assert_never_above(teacher, student, torch.randn(1, 1, 4, 4, dtype=torch.float64), eps)
 
 
-def never_above(teacher, student, x, eps):
+def assert_never_above(teacher, student, x, eps):
     """Attack the pair: nothing that is reached may lie above any bound, and every bound is ordered."""
     reached = attacked(lambda z: gap(teacher, student, z), x, eps)
     found = {method: bound(teacher, student, x, eps, method) for method in ("alpha-crown", "joint", "bab")}
