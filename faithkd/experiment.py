@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import data, evaluation, ledger, losses, models, parallel, source, store, training
-from faithkd.attacks import ball, search
+from faithkd import data, evaluation, ledger, losses, models, parallel, source, square, store, training
 from faithkd.bounds import (
     ALONE,
     CERTIFIED,
@@ -403,31 +402,31 @@ def heat_map(p: Params) -> tuple[pd.DataFrame, dict]:
     At x₁ the teacher is right and SD is wrong (an adversarial disagreement example, Def. 1); at x₂ both are right,
     with the largest difference in confidence. The image is one that all three networks classify correctly, with the
     clearest disagreement at x₁ and the smallest difference at x, preferring images on which FD never disagrees.
-    Returns a frame with columns panel, a, b (see `_square`), difference, margin (of the teacher's class in the
+    Returns a frame with columns panel, a, b (see `square.cut`), difference, margin (of the teacher's class in the
     student's confidences: negative where they disagree), disagree; and a dict with `x`, `x1`, `x2` (1, *shape),
     their coordinates `where`, the image's `row`, `label`, and whether a disagreement was `found`.
     """
     images, guide = data.test_subset(p), teacher(p)
     students = {method: student(p, method) for method in ("SD", "FD")}
-    eps, sd = float(p.evaluate.figure1.eps), students["SD"]
-    restarts = p.evaluate.restarts
-    corners, clarity = _corners(p, images, eps, _clear_disagreement, guide, sd, restarts)
-    calm = evaluation.agreement(guide, students["FD"], images.x, eps, **_attack_options(p), restarts=restarts).holds
+    eps, sd, restarts = float(p.evaluate.figure1.eps), students["SD"], p.evaluate.restarts
+    options = _attack_options(p)
+    at, clarity = square.corners(square.clear_disagreement, guide, sd, images, eps, restarts=restarts, **options)
+    calm = evaluation.agreement(guide, students["FD"], images.x, eps, **options, restarts=restarts).holds
     right = torch.stack([evaluation.predictions(n, images.x) == images.y for n in (guide, *students.values())]).all(0)
     with torch.no_grad():
         apart = evaluation.confidence_difference(guide, sd, images.x)
     wanted = right & (clarity > 0)
     row = int((clarity - apart + 4.0 * wanted + 2.0 * (wanted & calm)).argmax())
     chosen = images[row : row + 1]
-    x, x1 = chosen.x, corners[row : row + 1]
-    x2, _ = _corners(p, chosen, eps, _same_class, guide, sd, 4 * restarts)
-    frame, points, where = _square(p, x, x1, x2, eps)
+    x, x1 = chosen.x, at[row : row + 1]
+    x2, _ = square.corners(square.same_class, guide, sd, chosen, eps, restarts=4 * restarts, **options)
+    side = p.evaluate.figure1.points
+    frame, points, where = square.cut(x, x1, x2, eps, side=side, seed=p.seed, clip=data.clip_range(p))
     panels = []
     for method, network in students.items():
         with torch.no_grad():
-            hard, soft = guide(points).argmax(1, keepdim=True), torch.softmax(network(points), 1)
-            others = soft.scatter(1, hard, -1.0).amax(1)
-            margin = (soft.gather(1, hard)[:, 0] - others).double().numpy()
+            hard, soft = guide(points).argmax(1), torch.softmax(network(points), 1)
+            margin = square.margins(soft, hard).double().numpy()
             difference = evaluation.confidence_difference(guide, network, points).double().numpy()
         panels.append(frame.assign(panel=method, difference=difference, margin=margin, disagree=margin < 0))
     details = {"x": x, "x1": x1, "x2": x2, "where": where, "row": row, "image": int(images.index[row])}
@@ -569,78 +568,6 @@ def _best(p: Params, guide, network, images: Split, eps: float) -> pd.DataFrame:
     holds[holds.clone()] = certified_agreement(guide, network, images.x[holds], eps, clip=clip)
     columns = {"BestLB": bound.lower.numpy(), "BestUB": bound.values.numpy(), "step": bound.step}
     return pd.DataFrame(columns | {"agreement_certified": holds.numpy()})
-
-
-def _clear_disagreement(teacher_logits, student_logits, y):
-    """For x₁ of fig. 1: the smaller of the margins by which the teacher is right and the student is wrong."""
-    loss = losses.cross_entropy(student_logits, y) - losses.cross_entropy(teacher_logits, y)
-    margins = []
-    for logits in (teacher_logits, student_logits):
-        soft = torch.softmax(logits, 1)
-        margins.append(soft.gather(1, y[:, None])[:, 0] - soft.scatter(1, y[:, None], -1.0).amax(1))
-    return loss, torch.minimum(margins[0], -margins[1])
-
-
-def _same_class(teacher_logits, student_logits, y):
-    """For x₂ of fig. 1: the difference in confidence where both networks are right."""
-    difference = (torch.softmax(teacher_logits, 1) - torch.softmax(student_logits, 1)).abs().amax(1)
-    both = (teacher_logits.argmax(1) == y) & (student_logits.argmax(1) == y)
-    return difference, torch.where(both, difference, -torch.ones_like(difference))
-
-
-def _corners(p: Params, images: Split, eps: float, criterion, guide, network, restarts: int):
-    """The corner of each image's ball that PGD finds best: corners (N, *shape) and scores (N,) of `criterion`.
-
-    The ascent walks through the ball; every point on its way is judged at the corner of its own orthant.
-    """
-    lower, upper = ball(images.x, eps, data.clip_range(p))
-
-    def corner(z):
-        return torch.where(z >= images.x, upper, lower)
-
-    def objective(z):
-        with torch.no_grad():
-            at = corner(z)
-            score = criterion(guide(at), network(at), images.y)[1]
-        return criterion(guide(z), network(z), images.y)[0], score
-
-    steps = p.evaluate.steps
-    found, score = search(
-        objective,
-        images.x,
-        eps,
-        steps=steps,
-        step_size=float(p.evaluate.step_factor) * eps / steps,
-        restarts=restarts,
-        generator=torch.Generator().manual_seed(p.seed),
-        clip=data.clip_range(p),
-    )
-    return corner(found), score
-
-
-def _square(p: Params, x, x1, x2, eps: float) -> tuple[pd.DataFrame, torch.Tensor, dict]:
-    """The ball's cut through x and its corners x₁, x₂: coordinates (a, b) in [−1, 1]², points, and who is where.
-
-    `a` moves the pixels in which x₁ and x₂ differ (x₁ at −1, x₂ at 1), `b` those in which they are the same, so that
-    max(|a|, |b|) is the distance ‖x' − x‖∞ in units of ε: the ball's cut is the whole square. With clipping, the
-    unit of a pixel is as far as it can go in its direction.
-    """
-    lower, upper = ball(x, eps, data.clip_range(p))
-    first = torch.where(x1 >= upper, 1.0, -1.0).flatten().double()
-    second = torch.where(x2 >= upper, 1.0, -1.0).flatten().double()
-    other = second
-    if (first * second).sum().abs() == len(first):  # x₂ is x₁ or opposite to it: any other corner spans the square
-        coins = torch.rand(len(first), generator=torch.Generator().manual_seed(p.seed))
-        other = first * torch.where(coins < 0.5, 1.0, -1.0)
-    across, along = (other - first) / 2, (other + first) / 2
-    ticks = torch.linspace(-1, 1, p.evaluate.figure1.points, dtype=torch.float64)
-    a, b = (axis.flatten() for axis in torch.meshgrid(ticks, ticks, indexing="xy"))
-    share = (a[:, None] * across + b[:, None] * along).to(x.dtype).view(-1, *x.shape[1:])
-    points = x + share.clamp(min=0) * (upper - x) + share.clamp(max=0) * (x - lower)
-    where = {"x": (0.0, 0.0)}
-    for name, corner in (("x1", first), ("x2", second)):
-        where[name] = tuple(float(corner @ axis / axis.abs().sum()) for axis in (across, along))
-    return pd.DataFrame({"a": a.numpy(), "b": b.numpy()}), torch.clamp(points, lower, upper), where
 
 
 def _attack_options(p: Params) -> dict:

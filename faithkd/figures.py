@@ -455,9 +455,7 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
     value below half or above twice the unchanged one would squeeze all others: an arrow tells it in figures.
     """
     names, papers = list(dict.fromkeys(frame["reading"])), ledger.papers()
-    # a line for each override: in one, they would take the panels' width
-    changes = [re.sub(r"\b(train|data|models)\.", "", name).replace(" ", "\n") for name in names[1:]]
-    labels = [names[0], *changes]
+    labels = [names[0], *map(_change_label, names[1:])]
     height = max(0.27, 0.17 * max(label.count("\n") + 1 for label in labels))
     size = (WIDTH, height * len(names) + 1.1)
     figure, grid = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
@@ -487,6 +485,19 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
         axes.spines["left"].set_visible(False)
     grid[0, 0].set_yticks(range(len(names)), labels)
     return figure
+
+
+def _change_label(overrides: str) -> str:
+    """Overrides as a narrow label: a line for each, and what is the same for several networks said once."""
+    changes: dict[str, list[str]] = {}
+    for override in re.sub(r"\b(train|data|models)\.", "", overrides).split():
+        network, _, change = override.partition(".")
+        if network in COLOURS:
+            changes.setdefault(change, []).append(network)
+        else:
+            changes[override] = []
+    joined = {change: f"{change}\n{', '.join(networks)}" for change, networks in changes.items() if len(networks) > 1}
+    return "\n".join(joined.get(change) or ".".join([*networks, change]) for change, networks in changes.items())
 
 
 def _cells(cells: pd.DataFrame, measure: str, method: str, eps: str) -> pd.DataFrame:

@@ -404,3 +404,16 @@ def test_figures_are_the_same_bytes_for_the_same_numbers(p, faithfulness, tmp_pa
 def test_every_method_has_a_colour_and_a_marker():
     assert set(figures.COLOURS) == set(figures.MARKERS) == {"RT", *STUDENTS}
     assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        ("data.space=pixel data.clip=true", "space=pixel\nclip=true"),
+        ("train.FD.temperature=4", "FD.temperature=4"),
+        ("models.student.hidden=[8,8]", "student.hidden=[8,8]"),
+        ("train.RT.weight_decay=0 train.FD.weight_decay=0 train.kl=reverse", "weight_decay=0\nRT, FD\nkl=reverse"),
+    ],
+)
+def test_a_reading_s_label_says_what_is_shared_once(overrides, label):
+    assert figures._change_label(overrides) == label
