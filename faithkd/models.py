@@ -56,16 +56,24 @@ def build(
     biases start at 0.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         if architecture.kind == "convolutional":
             network = convolutional(architecture.filters, architecture.hidden, classes)
         else:
             network = fully_connected(prod(shape), architecture.hidden, classes)
+    return initialise(network, initialisation, seed=seed)
+
+
+def initialise(network: nn.Module, initialisation: str = "pytorch", *, seed: int) -> nn.Module:
+    """Draw all weights of a network on the CPU anew, in place; they follow from `seed` as those of `build`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        for layer in layers:
+            layer.reset_parameters()
         if draw := INITIALISATIONS[initialisation]:
-            for layer in network:
-                if isinstance(layer, nn.Linear | nn.Conv2d):
-                    draw(layer.weight)
-                    nn.init.zeros_(layer.bias)
+            for layer in layers:
+                draw(layer.weight)
+                nn.init.zeros_(layer.bias)
     return network
 
 

@@ -1,6 +1,7 @@
 """Adversarial training (eqs 2–3) and distillation (eqs 1, 4, 5, 12): one loop, SGD, cosine, early stopping, resume."""
 
 import math
+import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ from faithkd import store
 from faithkd.attacks import Clip, ascend, fastest
 from faithkd.data import Split
 from faithkd.losses import Method, attack_difference, attack_labels, attack_soft_labels, cross_entropy
+from faithkd.models import initialise
 
 # Raise this number when a change to training alters the networks that come out: it is part of every network's key,
 # so that no network trained by an older recipe is taken for a new one. tests/test_training.py notices the need.
 RECIPE = 1
 
+REDRAWS = 3  # so often at most other initial weights are drawn for a network that has died during the ramp
 MONITORED = 1000  # held-out images on which robust accuracy is recorded after each epoch; it decides nothing
 
 
@@ -44,6 +47,7 @@ class State:
     best_epoch: int = 0
     best: dict[str, torch.Tensor] = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
+    redraws: int = 0
 
 
 def fit(
@@ -67,7 +71,8 @@ def fit(
     distils from `teacher`. `settings` holds learning_rate, learning_rate_min, weight_decay and, for students, alpha
     and temperature; `schedule` is `Params.train`. Training stops when the accuracy on `held_out` has not risen for
     `patience` epochs, and the weights of the best epoch are returned. With a `checkpoint` path a killed run goes on
-    where it was, and ends with the same weights as an undisturbed one.
+    where it was, and ends with the same weights as an undisturbed one. A network that is dead when the ramp of ε is
+    over starts again from other initial weights, and `redraws` in its history says how often.
     """
     method = method or ADVERSARIAL
     network, train, held_out = network.to(device), _to(train, device), _to(held_out, device)
@@ -90,12 +95,27 @@ def fit(
             group["lr"] = rate
         loss = _epoch(network, teacher, train, method, settings, schedule, state.epoch, optimizer, clip, generator)
         _record(state, network, held_out, schedule, clip, loss, rate, seed)
+        if state.epoch == schedule.ramp_epochs and state.redraws < REDRAWS and _dead(network, train):
+            state = State(redraws=state.redraws + 1)
+            fresh = deepcopy(network).cpu()
+            initialise(fresh, schedule.initialisation, seed=seed + 1000 * state.redraws)  # no seed of `repeats`
+            network.load_state_dict(fresh.state_dict())
+            optimizer.state.clear()
+            bar.write(f"{description}: one class for all images, so once more from other weights", file=sys.stderr)
+            bar.reset()
+            continue
         if checkpoint is not None:
             _save(checkpoint, state, network, optimizer, generator)
         bar.update()
         bar.set_postfix(accuracy=f"{state.history[-1]['accuracy']:.3f}", loss=f"{loss:.3f}")
     bar.close()
     return state.best, state.history
+
+
+def _dead(network, train: Split) -> bool:
+    """Whether it says the same class to a thousand training images: its ReLUs are off, and with them all gradients."""
+    with torch.no_grad():
+        return len(network(train.x[:1000]).argmax(1).unique()) == 1
 
 
 def _epoch(network, teacher, train, method, settings, schedule, epoch, optimizer, clip, generator) -> float:
@@ -158,6 +178,7 @@ def _record(state: State, network, held_out: Split, schedule, clip, loss: float,
     with torch.no_grad():
         accuracy = float((network(held_out.x).argmax(1) == held_out.y).double().mean())
     row = {"epoch": state.epoch + 1, "learning_rate": rate, "loss": loss, "accuracy": accuracy}
+    row |= {"redraws": state.redraws} if state.redraws else {}
     row["robust_accuracy"] = _robust_accuracy(network, held_out[slice(0, MONITORED)], schedule.attack, clip, seed)
     state.epoch += 1
     state.history.append(row)
@@ -192,7 +213,7 @@ def _save(path: Path, state: State, network, optimizer, generator) -> None:
         tensors[f"momentum.{number}"] = optimizer.state[parameter]["momentum_buffer"]
     tensors["generator"] = generator.get_state()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    meta = {name: getattr(state, name) for name in ("epoch", "best_score", "best_epoch", "history")}
+    meta = {name: getattr(state, name) for name in ("epoch", "best_score", "best_epoch", "history", "redraws")}
     store.checkpoint.save(path, tensors, meta)
 
 

@@ -68,6 +68,53 @@ class KilledError(Exception):
     pass
 
 
+@pytest.fixture
+def unlucky(monkeypatch):
+    """Every first draw of weights has all its ReLUs off."""
+    build = models.build
+
+    def dead(*arguments, **options):
+        network = build(*arguments, **options)
+        network[-3].bias.data.fill_(-1e3)
+        return network
+
+    monkeypatch.setattr(models, "build", dead)
+
+
+def test_a_network_that_dies_in_the_ramp_starts_again(unlucky, teacher, tmp_path, monkeypatch, capsys):
+    p = small(**{"train.ramp_epochs": 2, "train.attack.eps": 0.05})
+    weights, history = train(p, "FD", teacher, limit=1200)
+    assert [row["epoch"] for row in history] == [1, 2, 3] and [row["redraws"] for row in history] == [1, 1, 1]
+    assert history[-1]["accuracy"] > 0.3, "well above chance after three epochs"
+    assert "once more from other weights" in capsys.readouterr().err
+
+    place, epoch = tmp_path / "progress.safetensors", training._epoch
+    calls = iter(range(10))
+
+    def dying(*arguments):
+        if next(calls) == 3:  # in the second epoch of the second start
+            raise KilledError
+        return epoch(*arguments)
+
+    monkeypatch.setattr(training, "_epoch", dying)
+    with pytest.raises(KilledError):
+        train(p, "FD", teacher, place, limit=1200)
+    monkeypatch.setattr(training, "_epoch", epoch)
+    resumed, again = train(p, "FD", teacher, place, limit=1200)
+    assert same(weights, resumed) and again == history
+
+
+def test_a_network_that_stays_dead_ends_its_training_all_the_same(unlucky, teacher, monkeypatch):
+    monkeypatch.setattr(training, "initialise", lambda network, *_, **__: network)  # as dead as before
+    _, history = train(small(**{"train.ramp_epochs": 1}), "FD", teacher)
+    assert len(history) == 3 and history[-1]["redraws"] == training.REDRAWS and history[-1]["accuracy"] < 0.2
+
+
+def test_without_a_ramp_nothing_starts_again(unlucky, teacher):
+    _, history = train(small(**{"train.ramp_epochs": 0}), "FD", teacher)
+    assert len(history) == 3 and "redraws" not in history[-1] and history[-1]["accuracy"] < 0.2
+
+
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, teacher, monkeypatch, stop):
     p = small()
