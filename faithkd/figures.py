@@ -368,7 +368,8 @@ def brackets(part: pd.DataFrame, title: str) -> Figure:
         axes.plot(part.index, part[high], ".", color=UPPER, label=f"{high} ({certified})", **look)
         axes.plot(part.index, part[low], ".", color=LOWER, label=f"{low} ({found})", **look)
     axes.set(xlabel="test images, sorted by EmpLB", ylabel="δ* lies in the bar", ylim=(0, 1.02), title=title)
-    axes.legend(loc="upper left", fontsize="small" if len(ends) > 1 else None)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2, fontsize="small")
     return figure
 
 
