@@ -386,7 +386,7 @@ def best_by_eps(table: pd.DataFrame) -> Figure:
         axes.set(title=method, xlabel="ε", ylim=(0, 1.02), xlim=(-0.6, len(radii) - 0.4))
         axes.set_xticks(places, radii, rotation=90 if max(map(len, radii)) > 4 else 0)
     grid[0, 0].set_ylabel("mean δ* lies in the bar")
-    grid[0, 0].legend(fontsize="x-small", loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.02))
     return figure
 
 
@@ -536,13 +536,13 @@ def reliability(diagrams: pd.DataFrame) -> Figure:
             axes.vlines(part["confidence"], part["confidence"], part["accuracy"], color=colour, lw=1, alpha=0.6)
             look = {"color": colour, "alpha": 0.75, "lw": 0, "clip_on": False, "zorder": 3}
             axes.scatter(part["confidence"], part["accuracy"], 6 + 180 * share, **look)
-            axes.text(1.02, -0.01, f"ECE {part['ece'].iloc[0]:.3f}", ha="right", va="bottom", fontsize="x-small")
+            axes.set_title(f"ECE {part['ece'].iloc[0]:.3f}", loc="right", fontsize="x-small")
             axes.set(xlim=(0, 1.04), ylim=(-0.04, 1.06), aspect="equal")
             axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
             axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
         line[0].set_ylabel(f"{points}\naccuracy")
     for axes, network in zip(grid[0], networks, strict=True):
-        axes.set_title(network)
+        axes.set_title(network, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel("confidence")
     return figure
