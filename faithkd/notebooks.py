@@ -429,7 +429,7 @@ def _readings() -> list[str]:
     lines = []
     for profile, table in _committed("readings").items():
         off = ledger.distances(table)
-        if off.empty:
+        if len(off) < 2:  # a data set that the paper does not use, or a profile without other readings
             continue
         eps = table["eps"].iloc[-1]
         shown = [("accuracy", "RT", "0")] + [("robust accuracy", method, eps) for method in ("RT", "SD", "FD")]
