@@ -97,8 +97,9 @@ def run(
             raise typer.Exit(130) from None
         if retrain:
             (folder / "retrain.id").unlink()
-        if executed or not (p.figures_dir / "provenance.json").is_file():
-            _write_json(p.figures_dir / "provenance.json", _provenance(p, _read_json(folder / "done.json")))
+        about = p.figures_dir / "provenance.json"
+        if executed or not about.is_file():
+            _write_json(about, _provenance(p, _read_json(folder / "done.json"), _read_json(about)))
     _say_where(p, folder)
 
 
@@ -385,21 +386,28 @@ def _start_retrain(folder: Path) -> str:
 # --- what a run leaves behind
 
 
-def _provenance(p, done: dict) -> dict:
-    """What made the figures: parameters, versions, machine, seconds for each notebook."""
+def _provenance(p, done: dict, before: dict) -> dict:
+    """What made the figures: parameters, versions, machine, seconds for each notebook.
+
+    `before`: what was said of the same figures so far; where the parameters were the same, the notebooks that only an
+    earlier run executed, perhaps in another clone, keep their seconds.
+    """
+    params = p.model_dump(mode="json")
+    earlier = before["seconds"] if before.get("params") == params else {}
+    seconds = earlier | {stem: entry["seconds"] for stem, entry in done.items()}
     return {
         "profile": p.profile,
         "name": p.name,
         "overrides": p.overrides,
         "seed": p.seed,
-        "params": p.model_dump(mode="json"),
+        "params": params,
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")},
         },
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": _commit(),
-        "seconds": {path.stem: done[path.stem]["seconds"] for path in notebooks.listing() if path.stem in done},
+        "seconds": {path.stem: seconds[path.stem] for path in notebooks.listing() if path.stem in seconds},
     }
 
 

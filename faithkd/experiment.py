@@ -18,7 +18,6 @@ from faithkd.bounds import (
     ALONE,
     CERTIFIED,
     NOT_FINITE,
-    certified_agreement,
     difference_bounds,
     faithfulness_upper_bound,
     interval_bound,
@@ -254,8 +253,9 @@ def best(p: Params) -> pd.DataFrame:
     """Both ends of the bracket as tight as we get them, past the paper, on the first `bounds.best_images` test images.
 
     One row per (dataset, eps, method, image): EmpLB and FaithUB of `faithfulness`, the ends BestLB and BestUB after
-    `bounds.best_nodes` parts of each ball, the `step` that gave the upper one, and whether teacher and student agree on
-    the ball: `agrees` as far as PGD sees (eqs 13-14), `agreement_certified` where it is proved (Def. 3).
+    `bounds.best_nodes` parts of each ball, the `step` that gave the upper one, those of RUNGS on the way to it, and
+    whether teacher and student agree on the ball: `agrees` as far as PGD sees (eqs 13-14), `agreement_certified` where
+    it is proved (Def. 3).
     """
     count = min(p.bounds.best_images, p.data.test_images)
     images, guide = _owned(data.test_subset(p)[torch.arange(count)]), teacher(p)
@@ -294,29 +294,12 @@ def best(p: Params) -> pd.DataFrame:
 def ladder(p: Params) -> pd.DataFrame:
     """Upper bounds of the FD student by each step of RUNGS and by `best`, on the images of `best`, for every ε.
 
-    One row per (dataset, eps, rung, image) with `FaithUB`; that no step is above the one before is checked.
+    One row per (dataset, eps, rung, image) with `FaithUB`; no step is above the one before.
     """
-    count = min(p.bounds.best_images, p.data.test_images)
-    images, guide, network = _owned(data.test_subset(p)[torch.arange(count)]), teacher(p), student(p, "FD")
-    pieces = [images[rows] for rows in torch.arange(count).split(SLOW_PIECE)]
-    work = [(eps, rung) for eps in p.evaluate.eps for rung in RUNGS]
-    tasks = [_pair_task(_by(p, rung), guide, network, part, float(eps)) for eps, rung in work for part in pieces]
-    tables = iter(_tables(tasks, f"{p.profile}: step by step"))
-    parts = []
-    for eps, rung in work:
-        found = pd.concat([next(tables) for _ in pieces], ignore_index=True)
-        parts.append(_named(p, found[["FaithUB"]], images, eps=str(eps), rung=rung))
-    last = best(p).query("method == 'FD'").drop(columns="FaithUB").rename(columns={"BestUB": "FaithUB"})
-    parts.append(last.assign(rung="best")[list(parts[0])])
-    frame = pd.concat(parts, ignore_index=True)
-    steps = frame.pivot(index=["eps", "image"], columns="rung", values="FaithUB")[[*RUNGS, "best"]]
-    if not (steps.diff(axis=1).iloc[:, 1:] <= 1e-9).all(axis=None):
-        raise AssertionError(f"a step lies above the one before, please report it\n{steps}")
-    return frame
-
-
-def _by(p: Params, method: str) -> Params:
-    return p.model_copy(update={"bounds": p.bounds.model_copy(update={"method": method})})
+    frame = best(p).query("method == 'FD'").drop(columns="FaithUB").rename(columns={"BestUB": "best"})
+    keys, names = ["dataset", "eps", "image", "label"], {"var_name": "rung", "value_name": "FaithUB"}
+    parts = [part.melt(keys, [*RUNGS, "best"], **names) for _, part in frame.groupby("eps", sort=False)]
+    return pd.concat(parts, ignore_index=True)
 
 
 def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float, steps: int | None = None):
@@ -559,15 +542,11 @@ def _upper_bound(p: Params, guide, network, images: Split, eps: float) -> pd.Dat
 
 
 def _best(p: Params, guide, network, images: Split, eps: float) -> pd.DataFrame:
-    clip = data.clip_range(p)
-    bound = faithfulness_upper_bound(
-        guide, network, images.x, eps, method="best", nodes=p.bounds.best_nodes, seed=p.seed, clip=clip, jobs=1
-    )
-    # where PGD finds a disagreement, none is left to be excluded
-    holds = evaluation.agreement(guide, network, images.x, eps, **_attack_options(p)).holds
-    holds[holds.clone()] = certified_agreement(guide, network, images.x[holds], eps, clip=clip)
+    options = {"nodes": p.bounds.best_nodes, "seed": p.seed, "clip": data.clip_range(p), "agreement": True, "jobs": 1}
+    bound = faithfulness_upper_bound(guide, network, images.x, eps, method="best", **options)
     columns = {"BestLB": bound.lower.numpy(), "BestUB": bound.values.numpy(), "step": bound.step}
-    return pd.DataFrame(columns | {"agreement_certified": holds.numpy()})
+    columns |= {name: bound.rungs[name].numpy() for name in RUNGS}
+    return pd.DataFrame(columns | {"agreement_certified": bound.agrees.numpy()})
 
 
 def _attack_options(p: Params) -> dict:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,23 @@ def test_runs_skips_and_remakes(home):
     home.call("run", "--only", "1")
     assert (figures / "fig1.csv").read_text() == "c"
     assert set(json.loads((figures / "provenance.json").read_text())["seconds"]) == {"00-start", "01-first"}
+
+
+def test_a_run_of_one_notebook_leaves_the_times_of_the_others(home):
+    home.write("00-start", "print(profile)")
+    home.write("01-first", SAVE, 'save("fig1.csv", "a")')
+    about = home.folder / "figures" / "digits" / "provenance.json"
+    home.call("run")
+    shutil.rmtree(home.folder / "runs")  # as in a fresh clone
+    made = json.loads(about.read_text())
+    about.write_text(json.dumps(made | {"seconds": {"00-start": 1234.5, "01-first": 1234.5, "99-gone": 1.0}}))
+    home.call("run", "--only", "1")
+    seconds = json.loads(about.read_text())["seconds"]
+    assert set(seconds) == {"00-start", "01-first"} and seconds["01-first"] < seconds["00-start"] == 1234.5
+    about.write_text(json.dumps(made | {"params": made["params"] | {"seed": 9}}))
+    home.write("01-first", SAVE, 'save("fig1.csv", "b")')
+    home.call("run", "--only", "1")
+    assert set(json.loads(about.read_text())["seconds"]) == {"01-first"}
 
 
 def test_only_and_overrides_reach_the_kernel(home):

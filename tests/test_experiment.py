@@ -145,19 +145,6 @@ def test_the_ladder_begins_at_intervals_and_ends_at_best(p, faithfulness):
     assert tables.ladder(odd)["informative"].item() == 50
 
 
-def test_a_step_above_the_one_before_stops_everything(p, monkeypatch):
-    def wrong(*arguments, **options):
-        made = float(arguments[0].bounds.method == "joint")
-        return pd.DataFrame({"FaithUB": [made] * len(arguments[3]), "status": ["certified"] * len(arguments[3])})
-
-    found = experiment.best(p)
-    monkeypatch.setattr(experiment, "best", lambda p: found)
-    monkeypatch.setattr(experiment, "MEASURE", "climbs")
-    monkeypatch.setattr(experiment, "_upper_bound", wrong)
-    with pytest.raises(AssertionError, match="a step lies above"):
-        experiment.ladder(p)
-
-
 def test_settings_change_the_student_alone(p):
     frame = experiment.settings(p)
     assert frame["reading"].unique().tolist() == [experiment.AS_IS, *p.ablation.settings]

@@ -198,6 +198,31 @@ def test_best_is_a_bracket(kind):
     assert before.lower.shape == found.lower.shape and found.step[0] in ladder.LADDER["best"]
 
 
+@pytest.mark.parametrize("kind", soundness.KINDS)
+def test_the_methods_on_the_way_say_what_they_say_alone(kind):
+    teacher, student, x, eps = case(kind)
+    found = bound(teacher, student, x, eps, "best", agreement=True)
+    *below, last = ladder.LADDER["best"]
+    assert list(found.rungs) == [*below, last] and torch.equal(found.rungs[last], found.values)
+    for method in below:
+        assert torch.equal(found.rungs[method], bound(teacher, student, x, eps, method).values)
+
+
+@pytest.mark.parametrize("kind", soundness.KINDS)
+def test_agreement_comes_with_a_bound(kind):
+    teacher, student, x, _ = case(kind)
+    for eps in (0.0, 0.01, 0.1, 0.4):
+        alone = certified_agreement(teacher, student, x, eps)
+        for method in BEYOND:
+            found = bound(teacher, student, x, eps, method, agreement=True)
+            met = x if found.witnesses is None else found.witnesses
+            alike = teacher.double()(met).argmax(1) == student.double()(met).argmax(1)
+            assert torch.equal(found.agrees, alone) and not (found.agrees & ~alike).any()
+    assert bound(teacher, student, x, 0.1, "joint").agrees is None
+    with pytest.raises(FaithkdError, match="alpha-crown, lp, milp, joint, bab, best, not crown"):
+        bound(teacher, student, x, 0.1, "crown", agreement=True)
+
+
 @pytest.mark.parametrize("method", ["bab", "best"])
 def test_witnesses_lie_in_the_ball_to_the_last_bit(method):
     """In rational numbers: also where float64 images have no float32, are large, or the ball is tiny."""

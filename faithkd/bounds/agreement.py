@@ -17,11 +17,11 @@ from faithkd.bounds.tree import Root, run, whole
 NODES = 256  # parts of a ball, per network, after which nothing is claimed
 
 
-def agrees(roots: tuple[Root, Root], nodes: int = NODES) -> Tensor:
-    """Whether c_t(x') = c_s(x') on the ball, certified: `(N,)`. False says nothing."""
+def agrees(roots: tuple[Root, Root], nodes: int = NODES, asked: Tensor | bool = True) -> Tensor:
+    """Whether c_t(x') = c_s(x') on the ball, certified, where that is `asked` `(N,)`: `(N,)`. False says nothing."""
     low, high = roots[0].bounds[0]
     teacher, student = (run(root.network, (low + high) / 2).argmax(1) for root in roots)
-    holds = teacher == student
+    holds = asked & (teacher == student)
     for root in roots:
         holds = keeps(root, teacher, holds, nodes)
     return holds

@@ -16,7 +16,7 @@ from faithkd.bounds import agreement, branch
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.network import Network, ball, check_images, prepare, prepare_pair, single
 from faithkd.bounds.softmax import pair_bound
-from faithkd.bounds.tree import Root, at_images, root
+from faithkd.bounds.tree import Root, at_images, root, run
 from faithkd.errors import FaithkdError
 
 METHODS = {
@@ -51,8 +51,9 @@ SPEED = 2000  # parts made in a second, at most
 class UpperBound:
     """Certified upper bounds of delta*, `values` `(N,)` in [0, 1]; `status` says what limited each image.
 
-    `step`: the cheapest method of LADDER that gave the value. `seconds`: wall-clock time per image. With "bab" and
-    "best" also `lower` `(N,)`, a difference that is attained at `witnesses` `(N, *image)`, and `nodes`, the parts made.
+    `step`: the cheapest method of LADDER that gave the value. `seconds`: wall-clock time per image. `rungs`: the values
+    of every method climbed on the way, `(N,)` each. With "bab" and "best" also `lower` `(N,)`, a difference that is
+    attained at `witnesses` `(N, *image)`, and `nodes`, the parts made. With `agreement`, `agrees` `(N,)` bool.
     """
 
     values: Tensor
@@ -60,9 +61,11 @@ class UpperBound:
     status: list[str]
     step: list[str]
     seconds: Tensor
+    rungs: dict[str, Tensor]
     lower: Tensor | None = None
     witnesses: Tensor | None = None
     nodes: Tensor | None = None
+    agrees: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Choices:
     budget: float | None = None
     tolerance: float = 1e-3
     seed: int = 0
+    agreement: bool = False
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -86,6 +90,9 @@ class Choices:
             number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
             if not number and not (name == "budget" and value is None):
                 raise FaithkdError(f"{name} must be a finite number >= 0, not {value!r}")
+        if self.agreement and "alpha-crown" not in LADDER[self.method]:
+            able = ", ".join(name for name, rungs in LADDER.items() if "alpha-crown" in rungs)
+            raise FaithkdError(f"agreement=True is for the methods {able}, not {self.method}; or certified_agreement()")
 
 
 def check_count(name: str, value: int) -> None:
@@ -116,6 +123,7 @@ def faithfulness_upper_bound(
     budget: float | None = None,
     tolerance: float = 1e-3,
     seed: int = 0,
+    agreement: bool = False,
     jobs: int | None = None,
     progress: bool = False,
 ) -> UpperBound:
@@ -133,11 +141,13 @@ def faithfulness_upper_bound(
     repeat exactly (1,000 where neither is given). "best" begins with PGD from `seed`, and works in `jobs` processes
     (without: $FAITHKD_JOBS, or one for each core), so that its budget is wall-clock time.
 
+    `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
+
     Values hold for the networks as functions of real numbers; float64 rounding is accounted for. No solver's word is
     taken: for "lp" and "milp" its multipliers only, and every bound is computed from them anew (`exact`).
     Raises FaithkdError for whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
     """
-    choices = Choices(method, solver, max_nodes, nodes, budget, tolerance, seed)
+    choices = Choices(method, solver, max_nodes, nodes, budget, tolerance, seed, agreement)
     x = check_images(x)
     prepare_pair(teacher, student, x)
     ball(x, eps, clip)
@@ -167,11 +177,12 @@ def part_of(clip: tuple | None, some: Tensor, x: Tensor) -> tuple | None:
 def joined(parts: list[UpperBound]) -> UpperBound:
     """The results of several pieces as one."""
     columns = {}
-    for name in ("values", "seconds", "lower", "witnesses", "nodes"):
+    for name in ("values", "seconds", "lower", "witnesses", "nodes", "agrees"):
         entries = [getattr(part, name) for part in parts]
         columns[name] = None if entries[0] is None else torch.cat(entries)
     for name in ("status", "step"):
         columns[name] = [entry for part in parts for entry in getattr(part, name)]
+    columns["rungs"] = {name: torch.cat([part.rungs[name] for part in parts]) for name in parts[0].rungs}
     return UpperBound(method=parts[0].method, **columns)
 
 
@@ -208,17 +219,21 @@ def climb_both(
         found = shared(pair, networks, box, finite, known, choices, begin)
         rungs |= found.pop("rungs")
         ends = found if searched else {}
-    table = torch.stack([torch.where(finite, bound, 1.0) for bound in rungs.values()])
-    values = table.amin(0)
-    names = list(rungs)
+    table = torch.stack([torch.where(finite, bound, 1.0) for bound in rungs.values()]).cummin(0).values
+    names, values = list(rungs), table[-1]
     steps = [names[place] for place in (table == values).int().argmax(0).tolist()]
     status = []
     for n, good in enumerate(finite.tolist()):
         late = [f"stopped at {int(ends['nodes'][n])} nodes"] if ends and values[n] > ends["goal"][n] else []
         status.append("; ".join(dict.fromkeys(notes[n] + late)) or CERTIFIED if good else NOT_FINITE)
     ends.pop("goal", None)
+    if choices.agreement:
+        # nothing is left to be proved where a disagreement is known
+        known = ends.get("witnesses", x)
+        alike = run(pair[0], known).argmax(1) == run(pair[1], known).argmax(1)
+        ends["agrees"] = agreement.agrees(tuple(network.root for network in networks), asked=alike)
     seconds = torch.full((len(x),), (time.monotonic() - begin) / max(len(x), 1), dtype=torch.float64)
-    return UpperBound(values, choices.method, status, steps, seconds, **ends)
+    return UpperBound(values, choices.method, status, steps, seconds, dict(zip(names, table, strict=True)), **ends)
 
 
 @dataclass(frozen=True)
