@@ -220,7 +220,7 @@ MISTAKES = {
     "agreement asks the teacher only": ("agreement", "for root in roots:", "for root in roots[:1]:"),
     "agreement is claimed when the nodes run out": ("agreement", "return asked & (left == 0)", "return asked"),
     "what is not finite is certified": ("ladder", "torch.where(finite, bound, 1.0)", "torch.where(finite, bound, 0.5)"),
-    "each method stands alone": ("ladder", "values = table.amin(0)", "values = table[-1]"),
+    "each method stands alone": ("ladder", ".cummin(0).values", ""),
     "the largest rung but one": ("ladder", 'torch.minimum(whole["joint"][some], leaves.upper)', "leaves.lower"),
 }
 
