@@ -467,13 +467,13 @@ def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:
         far = ~part["value"].between(0.5 * own.mean(), 2 * own.mean())
         values, places = part["value"].where(~far), part["reading"].map(names.index)
         least, most = pd.concat([values, theirs]).min(), pd.concat([values, theirs]).max()
-        edge = 0.12 * (most - least) or 1.0
+        digits = 3 if measure in tables.BOUNDS else 1
+        edge = 0.12 * (most - least) if most - least > 10**-digits else 2 * 10**-digits
         axes.axvspan(own.min(), own.max(), color="0.9", zorder=0)
         axes.plot(values, places, MARKERS[method], color=COLOURS[method], ms=5)
         for value in theirs:
             axes.axvline(value, color=UPPER, lw=1.2, zorder=1)
         for value, place in zip(part["value"][far], places[far], strict=True):
-            digits = 3 if measure in tables.BOUNDS else 1
             text, end, side = (f"◂ {value:.{digits}f}", least, "left")
             if value > own.mean():
                 text, end, side = (f"{value:.{digits}f} ▸", most, "right")

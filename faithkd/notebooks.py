@@ -432,7 +432,9 @@ def _readings() -> list[str]:
         if len(off) < 2:  # a data set that the paper does not use, or a profile without other readings
             continue
         eps = table["eps"].iloc[-1]
-        shown = [("accuracy", "RT", "0")] + [("robust accuracy", method, eps) for method in ("RT", "SD", "FD")]
+        shown = [("accuracy", "RT", "0")] + [
+            ("robust accuracy", method, eps) for method in ("RT", "SD", "FD") if method in set(table["method"])
+        ]
         heads = [f"{method}: {measure}" + (f", ε = {e}" if e != "0" else "") for measure, method, e in shown]
         lines += ["", _row([f"`{profile}`", *heads, *(f"off: {measure}" for measure in off)])]
         lines.append("|---" * (1 + len(heads) + len(off.columns)) + "|")
