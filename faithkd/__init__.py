@@ -13,6 +13,7 @@ _PUBLIC = {
     "empirical_lower_bound": "evaluation",
     "LowerBound": "evaluation",
     "faithfulness_upper_bound": "bounds",
+    "faithfulness_upper_bounds": "bounds",
     "UpperBound": "bounds",
     "certified_agreement": "bounds",
 }

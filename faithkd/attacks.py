@@ -100,7 +100,7 @@ def search(
     itself and every iterate compete, so more steps, seeds or a larger ball only ever add candidates.
     """
     lower, upper = ball(x, eps, clip)
-    best, best_score = x.clone(), objective(x)[1].detach()
+    best, best_score = x.clone(), objective(x)[1].detach().clone()
     for _ in range(restarts):
         z = random_start(lower, upper, generator)
         for number in range(steps + 1):
@@ -108,8 +108,7 @@ def search(
             loss, score = objective(z)
             score, point = score.detach(), z.detach()
             better = score > best_score
-            best_score = torch.where(better, score, best_score)
-            best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), point, best)
+            best[better], best_score[better] = point[better], score[better]
             if number < steps:
                 (gradient,) = torch.autograd.grad(loss.sum(), z)
                 z = step(point, gradient, step_size, lower, upper)

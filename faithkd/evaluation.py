@@ -17,6 +17,7 @@ from faithkd.attacks import Clip, fastest, search
 from faithkd.bounds.network import ball, check_images, prepare_pair
 from faithkd.errors import FaithkdError
 from faithkd.losses import cross_entropy, kl
+from faithkd.models import together
 
 CHUNK = 500  # images attacked at once: large enough for fast matrix products, small enough for the cache
 
@@ -73,9 +74,9 @@ def empirical_lower_bound(
         raise FaithkdError(f"steps and restarts must be at least 1, not steps={steps}, restarts={restarts}")
     teacher, student = _frozen(teacher, x), _frozen(student, x)
 
-    def prepare(pair, _x, _rows) -> Callable:
+    def prepare(logits, _x, _rows) -> Callable:
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            difference = confidence_difference(*pair, z)
+            difference = _norm(*logits(z))
             return difference, difference
 
         return objective
@@ -140,12 +141,12 @@ def robust(
     """
     network = _frozen(network, x)
 
-    def prepare(networks, _x, rows: slice) -> Callable:
+    def prepare(logits, _x, rows: slice) -> Callable:
         labels = y[rows]
 
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            logits = networks[0](z)
-            return cross_entropy(logits, labels), (logits.argmax(1) != labels).to(z.dtype)
+            (own,) = logits(z)
+            return cross_entropy(own, labels), (own.argmax(1) != labels).to(z.dtype)
 
         return objective
 
@@ -171,9 +172,9 @@ def hardest(
     """
     network = _frozen(network, x)
 
-    def prepare(networks, _x, rows: slice) -> Callable:
+    def prepare(logits, _x, rows: slice) -> Callable:
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            loss = cross_entropy(networks[0](z), y[rows])
+            loss = cross_entropy(*logits(z), y[rows])
             return loss, loss
 
         return objective
@@ -237,12 +238,11 @@ def agreement(
     """
     teacher, student = _frozen(teacher, x), _frozen(student, x)
 
-    def prepare(pair, _x, _rows) -> Callable:
+    def prepare(logits, _x, _rows) -> Callable:
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                hard = pair[0](z).argmax(1)
-            logits = pair[1](z)
-            return cross_entropy(logits, hard), (logits.argmax(1) != hard).to(z.dtype)
+            teachers, students = logits(z)
+            hard = teachers.argmax(1)
+            return cross_entropy(students, hard), (students.argmax(1) != hard).to(z.dtype)
 
         return objective
 
@@ -321,14 +321,14 @@ def _wider_losses(classes: int) -> list[Loss]:
 def _climb(loss: Loss) -> Callable:
     """For `_attack`: climbs `loss` and is judged by the norm."""
 
-    def prepare(pair, x: Tensor, _rows) -> Callable:
+    def prepare(logits, x: Tensor, _rows) -> Callable:
         with torch.no_grad():
-            sure = torch.maximum(*(torch.softmax(network(x), 1) for network in pair))
+            sure = torch.maximum(*(torch.softmax(each, 1) for each in logits(x)))
         leading = sure.argsort(1, descending=True)
 
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            logits = pair[0](z), pair[1](z)
-            return loss(*logits, leading), _norm(*logits)
+            both = logits(z)
+            return loss(*both, leading), _norm(*both)
 
         return objective
 
@@ -338,7 +338,8 @@ def _climb(loss: Loss) -> Callable:
 def _attack(networks, prepare, x, eps, steps, step_factor, restarts, seed, clip) -> Tensor:
     """Witnesses of the best of `restarts` searches, in chunks; one seed draws the same starts on every run.
 
-    `prepare(networks, x, rows)` gives the objective of `search` for the images `rows` of all, `x` in whatever layout.
+    `prepare(logits, x, rows)` gives the objective of `search` for the images `rows` of all, `x` in whatever layout;
+    `logits` are those of all networks at the same points.
     """
     generator = torch.Generator().manual_seed(seed)
     step_size = step_factor * float(eps) / max(steps, 1)
@@ -346,7 +347,7 @@ def _attack(networks, prepare, x, eps, steps, step_factor, restarts, seed, clip)
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
         nets, images, range_, back = fastest(networks, x[rows], clip)
-        objective = prepare(nets, images, rows)
+        objective = prepare(together(nets), images, rows)
         options = {"steps": steps, "step_size": step_size, "restarts": restarts, "generator": generator}
         found.append(back(search(objective, images, float(eps), clip=range_, **options)[0]))
     return torch.cat(found) if found else x.clone()

@@ -20,6 +20,7 @@ from faithkd.bounds import (
     NOT_FINITE,
     difference_bounds,
     faithfulness_upper_bound,
+    faithfulness_upper_bounds,
     interval_bound,
     softmax_interval,
 )
@@ -175,13 +176,14 @@ def robustness(p: Params, methods=STUDENTS) -> pd.DataFrame:
     return pd.concat(named, ignore_index=True)
 
 
-def faithfulness(p: Params, alphas: bool = False, methods=STUDENTS) -> pd.DataFrame:
+def faithfulness(p: Params, alphas: bool = False, methods=STUDENTS, count: int | None = None) -> pd.DataFrame:
     """Per image: EmpLB (§4.1), FaithUB (§4.2, eqs 8–11) and the status of its certificate, for every ε.
 
     One row per (dataset, eps, method, image): what Table 2 averages and figs 2–3 draw. With `alphas` the students
-    are FD at each α of `p.ablation.alpha` instead, in a column `alpha` (Table 5). EmpLB ≤ FaithUB is checked.
+    are FD at each α of `p.ablation.alpha` instead, in a column `alpha` (Table 5). `count`: of how many test images, the
+    first ones; all without it. EmpLB ≤ FaithUB is checked.
     """
-    images, guide = data.test_subset(p), teacher(p)
+    images, guide = data.test_subset(p)[:count], teacher(p)
     students = [("FD", float(alpha)) for alpha in p.ablation.alpha] if alphas else [(m, None) for m in methods]
     networks = {(method, alpha): student(p, method, alpha) for method, alpha in students}
     work = [(eps, method, alpha) for eps in p.evaluate.eps for method, alpha in students]
@@ -197,7 +199,8 @@ def readings(p: Params) -> pd.DataFrame:
     """Every cell of §6 and of Tables 1 and 2 under each of `ablation.readings`, and from each seed as the profile is.
 
     One row per (reading, seed, table, eps, measure, method) with `value`, as `ledger.per_seed` has them; `reading` is
-    AS_IS for the seeds of `repeats`. Each reading trains its own teacher and `ablation.students`, from one seed.
+    AS_IS for the seeds of `repeats`. Each reading trains its own teacher and `ablation.students`, from one seed. The
+    bounds are those of `ablation.images`.
     """
     return _changes(p, p.ablation.readings, (accuracy, robustness, faithfulness), p.ablation.students)
 
@@ -215,7 +218,10 @@ def _changes(p: Params, texts: list[str], measures: tuple, methods: list[str]) -
     runs = [(AS_IS, q) for q in repeats(p)] + [(text, changed(p, text)) for text in texts]
     parts = []
     for name, q in runs:
-        frames = {measure.__name__: measure(q, methods=methods).assign(seed=q.seed) for measure in measures}
+        frames = {}
+        for measure in measures:
+            few = {"count": p.ablation.images} if measure is faithfulness else {}
+            frames[measure.__name__] = measure(q, methods=methods, **few).assign(seed=q.seed)
         parts.append(ledger.per_seed(**frames).assign(reading=name))
     return pd.concat(parts, ignore_index=True)
 
@@ -255,33 +261,35 @@ def best(p: Params) -> pd.DataFrame:
     One row per (dataset, eps, method, image): EmpLB and FaithUB of `faithfulness`, the ends BestLB and BestUB after
     `bounds.best_nodes` parts of each ball, the `step` that gave the upper one, those of RUNGS on the way to it, and
     whether teacher and student agree on the ball: `agrees` as far as PGD sees (eqs 13-14), `agreement_certified` where
-    it is proved (Def. 3).
+    it is proved (Def. 3). As any point found counts, BestLB includes what PGD found in `faithfulness`.
     """
     count = min(p.bounds.best_images, p.data.test_images)
-    images, guide = _owned(data.test_subset(p)[torch.arange(count)]), teacher(p)
+    images, guide = data.test_subset(p)[:count], teacher(p)
     networks = {method: student(p, method) for method in STUDENTS}
-    work = [(eps, method) for eps in p.evaluate.eps for method in networks]
+    work = [(eps, _owned(images[rows])) for eps in p.evaluate.eps for rows in torch.arange(count).split(SLOW_PIECE)]
     nodes = {"nodes": p.bounds.best_nodes}
-    pieces = [images[rows] for rows in torch.arange(count).split(SLOW_PIECE)]
-    tasks = [
+    tasks = [  # all students of a piece together: for most of the time the teacher is bounded, once for all
         _Task(
             "best",
-            _depends(p, part, float(eps), guide, networks[method]) | nodes,
+            _depends(p, part, float(eps), guide, *networks.values()) | nodes,
             _best,
-            (p, guide, networks[method], part, float(eps)),
+            (p, guide, list(networks.values()), part, float(eps)),
         )
-        for eps, method in work
-        for part in pieces
+        for eps, part in work
     ]
-    tables = _tables(tasks, f"{p.profile}: best bounds")
-    wide = faithfulness(p).set_index(["eps", "method", "image"])[["EmpLB", "FaithUB"]]
-    agrees = robustness(p).set_index(["eps", "method", "image"])[["agrees"]]
     parts = []
-    for place, (eps, method) in enumerate(work):
-        found = pd.concat(tables[place * len(pieces) : (place + 1) * len(pieces)], ignore_index=True)
-        parts.append(_named(p, found, images, eps=str(eps), method=method))
-    frame = pd.concat(parts, ignore_index=True).join(wide, on=["eps", "method", "image"])
-    frame = frame.join(agrees, on=["eps", "method", "image"])
+    for (eps, part), tables in zip(work, _tables(tasks, f"{p.profile}: best bounds"), strict=True):
+        of_each = tables.groupby("student", sort=False)
+        for method, (_, found) in zip(networks, of_each, strict=True):
+            parts.append(_named(p, found.drop(columns="student"), part, eps=str(eps), method=method))
+    frame = pd.concat(parts, ignore_index=True)
+    for name in ("eps", "method"):  # in the order of the parameters, a piece behind the other
+        frame[name] = pd.Categorical(frame[name], list(dict.fromkeys(frame[name])))
+    frame = frame.sort_values(["eps", "method"], kind="stable", ignore_index=True).astype({"eps": str, "method": str})
+    keys = ["eps", "method", "image"]
+    frame = frame.join(faithfulness(p).set_index(keys)[["EmpLB", "FaithUB"]], on=keys)
+    frame = frame.join(robustness(p).set_index(keys)[["agrees"]], on=keys)
+    frame["BestLB"] = frame[["EmpLB", "BestLB"]].max(axis=1)
     for low in ("EmpLB", "BestLB"):
         for high in ("FaithUB", "BestUB"):
             if not (frame[low] <= frame[high] + 1e-12).all():
@@ -315,6 +323,16 @@ def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, 
         step_factor=float(p.evaluate.step_factor),
         clip=data.clip_range(p),
     )
+
+
+def lower_bounds(
+    p: Params, guide: nn.Module, networks: dict[str, nn.Module], images: Split, eps: float
+) -> dict[str, np.ndarray]:
+    """EmpLB (§4.1) of each network of `networks` to `guide` on all images, by name: `lower_bound` on all cores."""
+    images = _owned(images)
+    tasks = [_lower_task(p, guide, network, images, float(eps)) for network in networks.values()]
+    tables = _tables(tasks, f"{p.profile}: EmpLB")
+    return {name: table["EmpLB"].to_numpy() for name, table in zip(networks, tables, strict=True)}
 
 
 def pgd_steps(p: Params) -> pd.DataFrame:
@@ -541,12 +559,14 @@ def _upper_bound(p: Params, guide, network, images: Split, eps: float) -> pd.Dat
     return pd.DataFrame({"FaithUB": bound.values.numpy(), "status": bound.status})
 
 
-def _best(p: Params, guide, network, images: Split, eps: float) -> pd.DataFrame:
+def _best(p: Params, guide, students: list, images: Split, eps: float) -> pd.DataFrame:
     options = {"nodes": p.bounds.best_nodes, "seed": p.seed, "clip": data.clip_range(p), "agreement": True, "jobs": 1}
-    bound = faithfulness_upper_bound(guide, network, images.x, eps, method="best", **options)
-    columns = {"BestLB": bound.lower.numpy(), "BestUB": bound.values.numpy(), "step": bound.step}
-    columns |= {name: bound.rungs[name].numpy() for name in RUNGS}
-    return pd.DataFrame(columns | {"agreement_certified": bound.agrees.numpy()})
+    parts = []
+    for number, bound in enumerate(faithfulness_upper_bounds(guide, students, images.x, eps, method="best", **options)):
+        columns = {"student": number, "BestLB": bound.lower.numpy(), "BestUB": bound.values.numpy(), "step": bound.step}
+        columns |= {name: bound.rungs[name].numpy() for name in RUNGS}
+        parts.append(pd.DataFrame(columns | {"agreement_certified": bound.agrees.numpy()}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _attack_options(p: Params) -> dict:

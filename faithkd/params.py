@@ -228,13 +228,15 @@ class Bounds(Group):
 class Ablation(Group):
     """Table 5, and what else notebook 11 varies, as overrides in a text: "data.space=pixel data.clip=true".
 
-    `settings` change the FD student alone, `readings` anything; of each reading the `students` are trained.
+    `settings` change the FD student alone, `readings` anything; of each reading the `students` are trained. Bounds for
+    them are computed on the first `images` of the test images.
     """
 
     alpha: Annotated[list[Share], Field(min_length=1)]
     settings: list[str]
     readings: list[str]
     students: Annotated[list[Literal["SD", "ARD", "RSLAD", "FD"]], Field(min_length=1)]
+    images: Count
 
 
 class Params(Group):

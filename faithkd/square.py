@@ -6,9 +6,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from faithkd.attacks import Clip, ball, search
+from faithkd.attacks import Clip, ball, fastest, search
 from faithkd.data import Split
 from faithkd.losses import cross_entropy
+from faithkd.models import together
 
 
 def margins(soft: Tensor, y: Tensor) -> Tensor:
@@ -47,20 +48,20 @@ def corners(
 
     The ascent walks through the ball; every point on its way is judged at the corner of its own orthant.
     """
-    lower, upper = ball(images.x, eps, clip)
+    networks, x, clip, back = fastest((teacher, student), images.x, clip)
+    logits, (lower, upper) = together(networks), ball(x, eps, clip)
 
     def corner(z: Tensor) -> Tensor:
-        return torch.where(z >= images.x, upper, lower)
+        return torch.where(z >= x, upper, lower)
 
     def objective(z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            at = corner(z)
-            score = criterion(teacher(at), student(at), images.y)[1]
-        return criterion(teacher(z), student(z), images.y)[0], score
+            score = criterion(*logits(corner(z)), images.y)[1]
+        return criterion(*logits(z), images.y)[0], score
 
     found, score = search(
         objective,
-        images.x,
+        x,
         eps,
         steps=steps,
         step_size=step_factor * eps / steps,
@@ -68,7 +69,7 @@ def corners(
         generator=torch.Generator().manual_seed(seed),
         clip=clip,
     )
-    return corner(found), score
+    return back(corner(found)), score
 
 
 def cut(

@@ -212,6 +212,65 @@ def pools_are_as_tight_as_the_paper(bounds):
         assert (up <= pool(upper).flatten(1) + ROOM).all() and (down <= -pool(lower).flatten(1) + ROOM).all()
 
 
+def pooled(conv, pool, shape):
+    """A network that begins with a convolution and a max-pool, for images of `shape`.
+
+    On nearly white images its large weights cancel: outputs are small beside what is summed up for them.
+    """
+    torch.manual_seed(0)
+    layers = [conv, pool, nn.ReLU(), nn.Flatten()]
+    network = nn.Sequential(*layers, nn.Linear(nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[1], 4))
+    with torch.no_grad():
+        conv.weight[:, 0] *= 1e5
+        conv.bias.copy_(-conv.weight.flatten(1).sum(1))
+    return network.double()
+
+
+def patches_are_whole_images(bounds):
+    """Rows on the first pool, patch by patch: above every point, and what whole images give, to the last few digits.
+
+    In rational numbers too, where the pool is settled and hence exact: the float is never below.
+    """
+    layers = [
+        (nn.Conv2d(2, 3, 3, stride=2), nn.MaxPool2d(2), (2, 12, 11)),  # one pixel shared, some seen by no patch
+        (nn.Conv2d(2, 3, 2), nn.MaxPool2d((2, 3), stride=(3, 2)), (2, 7, 8)),  # more shared across, none down
+        (nn.Conv2d(2, 3, 1), nn.MaxPool2d(2, stride=3), (2, 5, 8)),  # pixels between patches
+    ]
+    for conv, pool, shape in layers:
+        prepared = bounds.network.prepare(pooled(conv, pool, shape), shape)
+        assert bounds.patches.patches(prepared) is not None
+        x = 1 + 1e-3 * torch.randn(3, *shape, dtype=torch.float64)
+        for eps in (0.3, 1e-9):
+            box = bounds.network.ball(x, eps)
+            _, lines, _ = bounds.linear.crown(prepared, *box)
+            rows = torch.randn(3, 7, *prepared.shapes[2], dtype=torch.float64)
+            weights = torch.rand(3, 7, *lines[1].below.shape[2:], dtype=torch.float64) - 0.2
+            for chosen in (None, {1: weights}):
+                found = bounds.linear.backward(prepared, lines, box, rows, 2, chosen)
+                whole = bounds.linear.over_ball(*bounds.linear.pull(prepared, lines, rows, 2, chosen), *box)
+                size = whole.abs().amax() + 1e7
+                assert (found - whole).abs().amax() <= 1e-11 * size
+                for n in range(3):
+                    z = layer_inputs(prepared, points(x[n : n + 1], eps, 100))[2]
+                    assert (form_at(rows[n], 0.0, z) <= found[n] + 1e-12 * size).all()
+        # at the smaller radius every pool is settled: what it selects is one linear layer, in exact terms too
+        chosen = lines[1].above[:, 0]
+        assert torch.equal(chosen, lines[1].below[:, 0]) and torch.isin(chosen, torch.tensor([0.0, 1.0])).all()
+        found = bounds.linear.backward(prepared, lines, box, rows, 2)
+        pixels = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+        weight = nn.functional.conv2d(pixels, prepared.layers[0].weight, None, conv.stride).flatten(2)
+        places = bounds.network.windows(pool, prepared.shapes[1])
+        for n in range(3):
+            layer = nn.Linear(math.prod(shape), rows[0, 0].numel())
+            at = places[chosen[n].argmax(1), torch.arange(places.shape[1])]
+            layer.weight = nn.Parameter(torch.stack([weight[:, c, at[c]] for c in range(len(at))], 1).flatten(1).T)
+            layer.bias = nn.Parameter(conv.bias.double().repeat_interleave(places.shape[1]))
+            inside = tuple(end[n : n + 1].flatten(1) for end in box)
+            for row, value in zip(rows[n], found[n].tolist(), strict=True):
+                exact = exact_maximum([layer], None, None, inside, [Fraction(part) for part in row.flatten().tolist()])
+                assert exact <= Fraction(value) <= exact + Fraction(1e-4)
+
+
 def rounding_is_outwards(bounds):
     """One backward pass in rational numbers, from the same boxes and slopes: the float bound is never below it.
 
@@ -723,6 +782,7 @@ CHECKS = {  # and the module that each looks at first of all
     lines_hold: "linear",
     pools_are_as_tight_as_the_paper: "linear",
     rounding_is_outwards: "linear",
+    patches_are_whole_images: "patches",
     pulled_rows_hold: "linear",
     boxes_hold: "linear",
     confidences_hold: "softmax",

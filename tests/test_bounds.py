@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from faithkd.bounds import METHODS, difference_bounds, faithfulness_upper_bound, softmax_bounds
+from faithkd.bounds import (
+    METHODS,
+    difference_bounds,
+    faithfulness_upper_bound,
+    faithfulness_upper_bounds,
+    patches,
+    softmax_bounds,
+)
 from faithkd.bounds import linear as lin
 from faithkd.bounds import network as net
 from faithkd.bounds.softmax import pair_bound, softmax_interval
@@ -144,6 +151,33 @@ def test_each_difference_row_holds_against_an_attack():
                 attacked(lambda p, network=network, i=i, j=j: network(p)[:, j] - network(p)[:, i], x.double(), 0.25)
                 <= highest[i, j]
             )
+
+
+def test_several_students_are_bounded_as_each_of_them():
+    torch.manual_seed(3)
+    guide, *students = (fully_connected(2, width, 3) for width in (8, 6, 5))
+    x = torch.randn(4, 2)
+    for options in ({}, {"method": "lp"}, {"method": "best", "nodes": 4, "jobs": 1, "agreement": True}):
+        together = faithfulness_upper_bounds(guide, students, x, 0.3, **options)
+        for student, found in zip(students, together, strict=True):
+            alone = faithfulness_upper_bound(guide, student, x, 0.3, **options)
+            torch.testing.assert_close(found.values, alone.values, rtol=0, atol=3e-3 if options else 0)
+            assert (found.method, found.status) == (alone.method, alone.status)
+            assert list(found.rungs) == list(alone.rungs)
+    assert faithfulness_upper_bounds(guide, [], x, 0.3) == []
+    with pytest.raises(FaithkdError, match="classes"):
+        faithfulness_upper_bounds(guide, [*students, fully_connected(2, 4, 5)], x, 0.3)
+    with pytest.raises(TypeError, match="nods"):
+        faithfulness_upper_bounds(guide, students, x, 0.3, nods=3)
+
+
+def test_patches_tell_which_way_their_maximum_falls():
+    network = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2))
+    cut = patches.patches(net.prepare(network, (2, 11, 12)))
+    torch.manual_seed(0)
+    c = torch.randn(2, 3, 4, 4, 5, dtype=torch.float64, requires_grad=True)
+    at_middle, radius = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.rand(2, 50, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda c: patches.maximum(cut, c, at_middle, radius), c)
 
 
 @settings(max_examples=40, deadline=None)

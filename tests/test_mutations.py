@@ -15,7 +15,7 @@ import soundness
 import faithkd.bounds
 
 PACKAGE = Path(faithkd.bounds.__file__).parent
-SEEN = ("agreement", "apart", "branch", "joint", "ladder", "linear", "network", "softmax", "tree")
+SEEN = ("agreement", "apart", "branch", "joint", "ladder", "linear", "network", "patches", "softmax", "tree")
 
 MISTAKES = {
     # one layer
@@ -55,6 +55,21 @@ MISTAKES = {
         "linear",
         "upper.unsqueeze(1) - lower.unsqueeze(2)",
         "upper.unsqueeze(1) - upper.unsqueeze(2)",
+    ),
+    # one network, patch by patch
+    "a shared pixel counts once only": ("patches", "there += here", "there += 0 * here"),
+    "patches go to the wrong neighbour": (
+        "patches",
+        "narrow(2 + axis, 0, shared)",
+        "narrow(2 + axis, patches.size[axis] - shared, shared)",
+    ),
+    "a patch has no radius": ("patches", "pixels.abs_()", "pixels"),
+    "the middle of a patch is dropped": ("patches", "return (value + radius", "return (0 * value + radius"),
+    "no noise in patches": ("linear", "up, down = up + noise, down + noise", ""),
+    "a pool's shift is dropped in patches": (
+        "linear",
+        "up, down = line.shift[:, 0], None",
+        "up, down = 0 * line.shift[:, 0], None",
     ),
     # softmax and what both networks share
     "lowest and highest differences are exchanged": (
@@ -163,7 +178,7 @@ MISTAKES = {
         "return tree, image[chosen]",
         "return pick(tree, chosen), image[chosen]",
     ),
-    "up and down are exchanged": ("apart", "up, down = over_ball", "down, up = over_ball"),
+    "up and down are exchanged": ("apart", "up, down = backward", "down, up = backward"),
     # branch and bound
     "the bound is the smallest leaf": (
         "branch",

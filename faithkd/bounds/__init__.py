@@ -15,6 +15,7 @@ from faithkd.bounds.ladder import (
     certified_agreement,
     difference_bounds,
     faithfulness_upper_bound,
+    faithfulness_upper_bounds,
 )
 from faithkd.bounds.softmax import interval_bound, softmax_interval
 
@@ -28,6 +29,7 @@ __all__ = [
     "certified_agreement",
     "difference_bounds",
     "faithfulness_upper_bound",
+    "faithfulness_upper_bounds",
     "interval_bound",
     "softmax_bounds",
     "softmax_interval",

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds.joint import Table, join, pick
-from faithkd.bounds.linear import over_ball, pull
+from faithkd.bounds.linear import backward, pull
 from faithkd.bounds.tree import (
     BOTH,
     Root,
@@ -137,8 +137,8 @@ def differences_of(root: Root, domains: Table, label: Tensor) -> Tensor:
     unit = torch.eye(classes, dtype=torch.float64)
     rows = unit - unit[label][:, None]
     slopes = {k: torch.cat([part[image, label], part[image, :, label]], 1) for k, part in root.row_slopes.items()}
-    form = pull(root.network, lines_of(root, domains), torch.cat([rows, -rows], 1), slopes=slopes)
-    up, down = over_ball(*form, *ball_of(root, domains)).chunk(2, 1)
+    rows, box = torch.cat([rows, -rows], 1), ball_of(root, domains)
+    up, down = backward(root.network, lines_of(root, domains), box, rows, slopes=slopes).chunk(2, 1)
     highest, here = domains["highest"].clone(), torch.arange(len(image))
     highest[here, label] = torch.minimum(highest[here, label], up)
     highest[here, :, label] = torch.minimum(highest[here, :, label], down)

@@ -3,7 +3,7 @@
 import difflib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -72,7 +72,7 @@ class UpperBound:
 class Choices:
     """How to bound: checked once, passed down unchanged."""
 
-    method: str
+    method: str = "crown"
     solver: str = "highs"
     max_nodes: int = 10_000
     nodes: int | None = None
@@ -148,22 +148,48 @@ def faithfulness_upper_bound(
     Raises FaithkdError for whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
     """
     choices = Choices(method, solver, max_nodes, nodes, budget, tolerance, seed, agreement)
+    return spread_out(teacher, [student], x, eps, clip, choices, jobs, progress)[0]
+
+
+def faithfulness_upper_bounds(
+    teacher: nn.Sequential,
+    students: Sequence[nn.Sequential],
+    x: Tensor,
+    eps: float,
+    *,
+    clip: tuple | None = None,
+    jobs: int | None = None,
+    progress: bool = False,
+    **choices,
+) -> list[UpperBound]:
+    """`faithfulness_upper_bound` of each student of one teacher, who is bounded only once for all of them, eq. (11).
+
+    Arguments and errors as there; a `budget` is for each student.
+    """
+    return spread_out(teacher, list(students), x, eps, clip, Choices(**choices), jobs, progress)
+
+
+def spread_out(
+    teacher, students: list, x: Tensor, eps: float, clip, choices: Choices, jobs: int | None, progress: bool
+) -> list[UpperBound]:
+    """Check everything, then `climb`: "best" in several processes, all else in this one."""
     x = check_images(x)
-    prepare_pair(teacher, student, x)
+    for student in students:
+        prepare_pair(teacher, student, x)
     ball(x, eps, clip)
-    count = min(parallel.jobs() if jobs is None else jobs, len(x)) if method == "best" else 1
+    count = min(parallel.jobs() if jobs is None else jobs, len(x)) if choices.method == "best" else 1
     if count <= 1:
-        return climb(teacher, student, x, eps, clip, choices, progress)
+        return climb(teacher, students, x, eps, clip, choices, progress)
     # a process alone has the time of all of them
-    share = choices if budget is None else replace(choices, budget=budget * count)
+    share = choices if choices.budget is None else replace(choices, budget=choices.budget * count)
     pieces = torch.arange(len(x)).split(min(PIECE, math.ceil(len(x) / count)))
-    calls = [partial(climb, teacher, student, x[some], eps, part_of(clip, some, x), share) for some in pieces]
+    calls = [partial(climb, teacher, students, x[some], eps, part_of(clip, some, x), share) for some in pieces]
     done = [None] * len(calls)
-    with tqdm(total=len(x), desc=method, unit="image", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(x), desc=choices.method, unit="image", disable=not progress, leave=False) as bar:
         for place, found in parallel.run(calls, count, sample=0.0):
             done[place] = found
-            bar.update(len(found.values))
-    return joined(done)
+            bar.update(len(pieces[place]))
+    return [joined(parts) for parts in zip(*done, strict=True)]
 
 
 def part_of(clip: tuple | None, some: Tensor, x: Tensor) -> tuple | None:
@@ -174,7 +200,7 @@ def part_of(clip: tuple | None, some: Tensor, x: Tensor) -> tuple | None:
     return tuple(end[some] if end.ndim == x.ndim and len(end) == len(x) > 1 else end for end in ends)
 
 
-def joined(parts: list[UpperBound]) -> UpperBound:
+def joined(parts: Sequence[UpperBound]) -> UpperBound:
     """The results of several pieces as one."""
     columns = {}
     for name in ("values", "seconds", "lower", "witnesses", "nodes", "agrees"):
@@ -186,27 +212,41 @@ def joined(parts: list[UpperBound]) -> UpperBound:
     return UpperBound(method=parts[0].method, **columns)
 
 
-def climb(teacher, student, x: Tensor, eps: float, clip, choices: Choices, progress: bool = False) -> UpperBound:
-    """`faithfulness_upper_bound` of checked arguments, in this process."""
-    pair = prepare_pair(teacher, student, x)
+def climb(
+    teacher, students: list, x: Tensor, eps: float, clip, choices: Choices, progress: bool = False
+) -> list[UpperBound]:
+    """`faithfulness_upper_bounds` of checked arguments, in this process."""
+    guide = prepare(teacher, tuple(x.shape[1:]), "teacher")
+    others = [prepare_pair(teacher, student, x)[1] for student in students]
     lower, upper = ball(x, eps, clip)
-    climbers = [climber(network, q, choices) for q, network in enumerate(pair)]
+    first, *rest = [climber(network, min(q, 1), choices) for q, network in enumerate((guide, *others))]
     parts = []
     with tqdm(total=len(x), desc=choices.method, unit="image", disable=not progress, leave=False) as bar:
         # the same pieces for every method, so that the ladder of methods holds to the last bit
-        for some in image_chunks(pair, len(x)) or (torch.arange(0),):
-            box = lower[some], upper[some]
-            parts.append(climb_both(pair, climbers, box, x[some], eps, part_of(clip, some, x), choices))
+        for some in image_chunks((guide, *others), len(x)) or (torch.arange(0),):
+            begin, box = time.monotonic(), (lower[some], upper[some])
+            alone = first(*box)
+            spent, mine = time.monotonic() - begin, part_of(clip, some, x)
+            parts.append([])
+            for other, climb_other in zip(others, rest, strict=True):
+                begin = time.monotonic() - spent  # every student's time has the teacher's in it
+                networks = [alone, climb_other(*box)]
+                parts[-1].append(climb_both((guide, other), networks, box, x[some], eps, mine, choices, begin))
             bar.update(len(some))
-    return joined(parts)
+    return [joined(each) for each in zip(*parts, strict=True)]
 
 
 def climb_both(
-    pair: tuple[Network, Network], climbers: list, box: tuple, x: Tensor, eps: float, clip, choices: Choices
+    pair: tuple[Network, Network],
+    networks: list["Climb"],
+    box: tuple,
+    x: Tensor,
+    eps: float,
+    clip,
+    choices: Choices,
+    begin: float,
 ) -> UpperBound:
-    """All rungs for a few images: each network's by itself, eq. (11), then what sees both."""
-    begin = time.monotonic()
-    networks = [climb(*box) for climb in climbers]
+    """All rungs for a few images from those of each network by itself: eq. (11), then what sees both."""
     notes = [[]] * len(x)
     if "lp" in LADDER[choices.method]:
         networks, notes = solved(networks, choices)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from faithkd.bounds import patches
 from faithkd.bounds.network import AFFINE, Network, affine, single, transpose, windows
 
 Box = tuple[Tensor, Tensor]
@@ -192,6 +193,7 @@ def pull(
     slopes: Slopes | None = None,
     push: Slopes | None = None,
     trace: dict[int, Tensor] | None = None,
+    to: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Rows on the input of layer `at` (default: on the logits) as rows on the network's input, and constants.
 
@@ -204,7 +206,7 @@ def pull(
     at = len(network.layers) if at is None else at
     slopes, push = slopes or {}, push or {}
     total = torch.zeros(1, 1, dtype=rows.dtype)
-    for k in reversed(range(at)):
+    for k in reversed(range(to, at)):
         layer, line, shape = network.layers[k], lines[k], network.shapes[k]
         if isinstance(layer, nn.Flatten):
             rows = rows.unflatten(2, shape)
@@ -264,7 +266,41 @@ def backward(
     network: Network, lines: list[Lines], box: Box, rows: Tensor, at: int | None = None, slopes: Slopes | None = None
 ) -> Tensor:
     """Certified maximum over the ball `box` of linear forms on the input of layer `at`: `(N, R)`, see `pull`."""
-    return over_ball(*pull(network, lines, rows, at, slopes), *box)
+    cut = patches.patches(network)
+    if cut is None or (at is not None and at < 2):
+        return over_ball(*pull(network, lines, rows, at, slopes), *box)
+    rows, total = pull(network, lines, rows, at, slopes, to=2)
+    total = total + over_patches(network, cut, lines[1], box, rows, (slopes or {}).get(1))
+    return total.nan_to_num(math.inf, math.inf, math.inf)
+
+
+def over_patches(
+    network: Network, cut: patches.Patches, line: Lines, box: Box, rows: Tensor, weights: Tensor | None
+) -> Tensor:
+    """Certified maximum over the ball of rows on the first max-pool's output: `(N, R, *shapes[2])` to `(N, R)`.
+
+    `pull` through the two layers before it and `over_ball` in one. `line`: the pool's; `weights`: its slopes.
+    """
+    conv, pool = network.layers[:2]
+    lower, upper = box
+    middle = (lower + upper) / 2
+    radius = torch.maximum(upper - middle, middle - lower)
+    places = windows(pool, network.shapes[1])
+    at_middle = affine(conv, middle, conv.weight, conv.bias).flatten(2)[:, :, places]
+    columns = rows.flatten(3).permute(0, 2, 3, 1).contiguous()  # `(N, channels, places, R)`
+    positive = columns.clamp(min=0)
+    negative = columns - positive
+    below = line.below[:, 0].unsqueeze(-1) if weights is None else mixture(weights, line).permute(0, 2, 3, 4, 1)
+    spread = positive.unsqueeze(2) * line.above[:, 0].unsqueeze(-1)
+    spread = torch.addcmul(spread, negative.unsqueeze(2), below)
+    value = patches.maximum(cut, spread, at_middle, patches.cut(cut, radius))
+    up, down = line.shift[:, 0], None if line.noise is None else line.noise[:, 0]
+    if down is not None:
+        # the coefficients in a window add up to no more than the row's there, so its largest noise covers them all
+        noise = gamma(patches.terms(cut)) * absolute(conv, largest(lower, upper)).flatten(2)[:, :, places].amax(2)
+        up, down = up + noise, down + noise
+        value = value - (down.flatten(1).unsqueeze(1) @ negative.flatten(1, 2)).squeeze(1)
+    return value + (up.flatten(1).unsqueeze(1) @ positive.flatten(1, 2)).squeeze(1)
 
 
 def descend(
