@@ -171,7 +171,7 @@ def robustness(p: Params, methods=STUDENTS) -> pd.DataFrame:
         )
         for eps, method in work
     ]
-    parts = _tables(tasks, f"{p.profile}: robustness and agreement")
+    parts = _tables(p, tasks, "robustness and agreement")
     named = [_named(p, part, images, eps=str(e), method=m) for (e, m), part in zip(work, parts, strict=True)]
     return pd.concat(named, ignore_index=True)
 
@@ -241,7 +241,7 @@ def _brackets(p: Params, guide: nn.Module, pairs: list, images: Split) -> list[p
         needs = [[_alone_task(p, each, part, eps) for each in (guide, net) for part in parts] for net, eps in pairs]
     else:
         needs = [[_pair_task(p, guide, network, part, eps) for part in parts] for network, eps in pairs]
-    tables = iter(_tables([*tasks, *chain.from_iterable(needs)], f"{p.profile}: EmpLB and FaithUB"))
+    tables = iter(_tables(p, [*tasks, *chain.from_iterable(needs)], "EmpLB and FaithUB"))
     lowers, found = [next(tables) for _ in tasks], []
     for lower, need, (_, eps) in zip(lowers, needs, pairs, strict=True):
         upper = pd.concat([next(tables) for _ in need], ignore_index=True)
@@ -278,7 +278,7 @@ def best(p: Params) -> pd.DataFrame:
         for eps, part in work
     ]
     parts = []
-    for (eps, part), tables in zip(work, _tables(tasks, f"{p.profile}: best bounds"), strict=True):
+    for (eps, part), tables in zip(work, _tables(p, tasks, "best bounds"), strict=True):
         of_each = tables.groupby("student", sort=False)
         for method, (_, found) in zip(networks, of_each, strict=True):
             parts.append(_named(p, found.drop(columns="student"), part, eps=str(eps), method=method))
@@ -331,7 +331,7 @@ def lower_bounds(
     """EmpLB (§4.1) of each network of `networks` to `guide` on all images, by name: `lower_bound` on all cores."""
     images = _owned(images)
     tasks = [_lower_task(p, guide, network, images, float(eps)) for network in networks.values()]
-    tables = _tables(tasks, f"{p.profile}: EmpLB")
+    tables = _tables(p, tasks, "EmpLB")
     return {name: table["EmpLB"].to_numpy() for name, table in zip(networks, tables, strict=True)}
 
 
@@ -344,7 +344,7 @@ def pgd_steps(p: Params) -> pd.DataFrame:
     networks = {method: student(p, method) for method in ("RSLAD", "FD")}
     work = [(method, steps) for method in networks for steps in p.evaluate.table3.steps]
     tasks = [_lower_task(p, guide, networks[method], images, eps, steps) for method, steps in work]
-    parts = _tables(tasks, f"{p.profile}: EmpLB by PGD steps")
+    parts = _tables(p, tasks, "EmpLB by PGD steps")
     named = [_named(p, part, images, method=m, steps=steps) for (m, steps), part in zip(work, parts, strict=True)]
     return pd.concat(named, ignore_index=True)
 
@@ -362,7 +362,7 @@ def auto_attack(p: Params) -> pd.DataFrame:
         _Task("auto_attack", _depends(p, images, float(eps), network) | settings, _auto_attack, (p, images, network))
         for network in networks.values()
     ]
-    parts = _tables(tasks, f"{p.profile}: AutoAttack")
+    parts = _tables(p, tasks, "AutoAttack")
     named = [_named(p, part, images, method=m, eps=str(eps)) for m, part in zip(networks, parts, strict=True)]
     return pd.concat(named, ignore_index=True)
 
@@ -387,7 +387,7 @@ def strong(p: Params) -> pd.DataFrame:
         )
         for eps, method in work
     ]
-    parts = _tables(tasks, f"{p.profile}: EmpLB by a wider search")
+    parts = _tables(p, tasks, "EmpLB by a wider search")
     named = [_named(p, part, images, eps=str(e), method=m) for (e, m), part in zip(work, parts, strict=True)]
     wide = faithfulness(p).set_index(["eps", "method", "image"])[["EmpLB", "FaithUB"]]
     frame = pd.concat(named, ignore_index=True).join(wide, on=["eps", "method", "image"])
@@ -457,14 +457,15 @@ class _Task:
         return store.table(self.kind, self.depends, make, name=self.name)
 
 
-def _tables(tasks: list[_Task], description: str) -> list[pd.DataFrame]:
+def _tables(p: Params, tasks: list[_Task], description: str) -> list[pd.DataFrame]:
     """The table of each task, in order: read from the store, or made on all cores and stored as soon as it is there."""
     wanted = {store.key(task.kind, **task.depends): task for task in tasks}
     missing = [task for task in wanted.values() if not store.exists(task.kind, task.depends)]
     calls = [partial(_make, MEASURE, task.build, *task.arguments) for task in missing]
-    done = len(wanted) - len(missing)
-    with tqdm(total=len(wanted), initial=done, desc=description, unit="piece", leave=False) as bar:
-        for place, table in parallel.run(calls):
+    done, at_once = len(wanted) - len(missing), p.models.teacher.kind == "convolutional"  # whose pieces take long
+    bar = {"desc": f"{p.profile}: {description}", "unit": "piece", "leave": False}
+    with tqdm(total=len(wanted), initial=done, **bar) as bar:
+        for place, table in parallel.run(calls, sample=0.0 if at_once else None):
             missing[place].stored(lambda table=table: table)
             bar.update()
     return [task.stored(partial(task.build, *task.arguments)) for task in tasks]

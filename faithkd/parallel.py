@@ -9,11 +9,13 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from importlib.util import find_spec
+
+from tqdm import tqdm
 
 from faithkd.errors import FaithkdError
 
@@ -83,6 +85,13 @@ def run(
         yield place, result
     if left:
         yield from _spread(left, min(count, len(left)), address)
+
+
+def results(calls: Mapping[object, Callable[[], object]], description: str, sample: float | None = None) -> dict:
+    """The result of every call by its name, in the order of the calls, with a bar; otherwise as `run`."""
+    bar = tqdm(run(list(calls.values()), sample=sample), description, len(calls), leave=False)
+    found = dict(bar)
+    return {name: found[place] for place, name in enumerate(calls)}
 
 
 def _spread(numbered: list, count: int, address: str | None) -> Iterator[tuple[int, object]]:

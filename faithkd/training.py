@@ -63,7 +63,7 @@ def fit(
     device: str = "cpu",
     clip: Clip | None = None,
     checkpoint: Path | None = None,
-    description: str = "training",
+    description: str | None = "training",
 ) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Train `network` in place; return its best weights and one row of history per epoch, eqs (1)–(5), (12).
 
@@ -72,7 +72,7 @@ def fit(
     and temperature; `schedule` is `Params.train`. Training stops when the accuracy on `held_out` has not risen for
     `patience` epochs, and the weights of the best epoch are returned. With a `checkpoint` path a killed run goes on
     where it was, and ends with the same weights as an undisturbed one. A network that is dead when the ramp of ε is
-    over starts again from other initial weights, and `redraws` in its history says how often.
+    over starts again from other initial weights, and `redraws` in its history says how often. No `description`, no bar.
     """
     method = method or ADVERSARIAL
     network, train, held_out = network.to(device), _to(train, device), _to(held_out, device)
@@ -88,7 +88,8 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     state = _resume(checkpoint, network, optimizer, generator) or State()
 
-    bar = tqdm(total=schedule.epochs, initial=state.epoch, desc=description, unit="epoch", leave=False)
+    quiet = description is None
+    bar = tqdm(total=schedule.epochs, initial=state.epoch, desc=description, unit="epoch", leave=False, disable=quiet)
     while state.epoch < schedule.epochs and not _out_of_patience(state, schedule):
         rate = cosine(settings, state.epoch, schedule.epochs)
         for group in optimizer.param_groups:
@@ -101,7 +102,10 @@ def fit(
             initialise(fresh, schedule.initialisation, seed=seed + 1000 * state.redraws)  # no seed of `repeats`
             network.load_state_dict(fresh.state_dict())
             optimizer.state.clear()
-            bar.write(f"{description}: one class for all images, so once more from other weights", file=sys.stderr)
+            bar.write(
+                f"{description or 'training'}: one class for all images, so once more from other weights",
+                file=sys.stderr,
+            )
             bar.reset()
             continue
         if checkpoint is not None:

@@ -99,6 +99,16 @@ def test_every_result_comes_once_with_its_place(monkeypatch):
     assert list(parallel.run([])) == []
 
 
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_results_have_the_names_of_their_calls_in_order(monkeypatch, count):
+    monkeypatch.setenv("FAITHKD_JOBS", count)
+    calls = {(name, 0): partial(str.upper, name) for name in "cabfed"}
+    for sample in (None, 0.0):
+        found = parallel.results(calls, "letters", sample)
+        assert list(found) == list(calls) and all(found[name, 0] == name.upper() for name, _ in calls)
+    assert parallel.results({}, "nothing") == {}
+
+
 def test_one_job_and_little_work_stay_in_this_process(monkeypatch):
     here = [(0, os.getpid()), (1, os.getpid())]
     monkeypatch.setenv("FAITHKD_JOBS", "1")
