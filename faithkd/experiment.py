@@ -34,7 +34,8 @@ from faithkd.params import Params, Ratio, changed
 # file may be edited while a long run still works with what it imported.
 _PACKAGE = Path(__file__).parent
 MEASURE = source.digest_files(
-    *(_PACKAGE / name for name in ("attacks.py", "evaluation.py")), *sorted((_PACKAGE / "bounds").glob("*.py"))
+    *(_PACKAGE / name for name in ("attacks.py", "evaluation.py", "models.py")),
+    *sorted((_PACKAGE / "bounds").glob("*.py")),
 )
 
 # Images bounded in one piece of work: few enough to lose little when a run is stopped and to keep all cores busy to
@@ -277,16 +278,14 @@ def best(p: Params) -> pd.DataFrame:
         )
         for eps, part in work
     ]
-    parts = []
-    for (eps, part), tables in zip(work, _tables(p, tasks, "best bounds"), strict=True):
-        of_each = tables.groupby("student", sort=False)
-        for method, (_, found) in zip(networks, of_each, strict=True):
-            parts.append(_named(p, found.drop(columns="student"), part, eps=str(eps), method=method))
-    frame = pd.concat(parts, ignore_index=True)
-    for name in ("eps", "method"):  # in the order of the parameters, a piece behind the other
-        frame[name] = pd.Categorical(frame[name], list(dict.fromkeys(frame[name])))
-    frame = frame.sort_values(["eps", "method"], kind="stable", ignore_index=True).astype({"eps": str, "method": str})
+    tables, parts = _tables(p, tasks, "best bounds"), []
+    for eps in p.evaluate.eps:
+        pieces = pd.concat([table for (radius, _), table in zip(work, tables, strict=True) if radius == eps])
+        for number, method in enumerate(networks):
+            part = pieces[pieces["student"] == number].drop(columns="student")
+            parts.append(_named(p, part, images, eps=str(eps), method=method))
     keys = ["eps", "method", "image"]
+    frame = pd.concat(parts, ignore_index=True)
     frame = frame.join(faithfulness(p).set_index(keys)[["EmpLB", "FaithUB"]], on=keys)
     frame = frame.join(robustness(p).set_index(keys)[["agrees"]], on=keys)
     frame["BestLB"] = frame[["EmpLB", "BestLB"]].max(axis=1)

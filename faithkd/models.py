@@ -115,8 +115,10 @@ def on_blocks(network: nn.Module, shape: Sequence[int]) -> nn.Sequential | None:
 
 
 class _Together(nn.Module):
-    """Networks of `on_blocks` at the same points: one first convolution for all, and what follows it as far as they do
-    the same; a CPU that works on sixteen channels at a time spends little more on it than on that of one network."""
+    """Networks of `on_blocks` at the same points: one first convolution for all, and what follows while it is alike.
+
+    A CPU that works on sixteen channels at a time spends little more on it than on that of one network.
+    """
 
     def __init__(self, networks: Sequence[nn.Sequential]):
         super().__init__()
@@ -142,9 +144,11 @@ class _Together(nn.Module):
 def together(networks: Sequence[nn.Module]) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """The logits of all networks at the same points, as one function: of frozen networks, for gradients in the points.
 
-    Networks of `on_blocks` share the work of their first layers; the logits are the same but for rounding.
+    Networks of `on_blocks` share the work of their first layers; their logits are the same but for rounding.
     """
-    if all(isinstance(network, nn.Sequential) and isinstance(network[0], _OnBlocks) for network in networks):
+    if all(
+        isinstance(network, nn.Sequential) and isinstance(next(iter(network), None), _OnBlocks) for network in networks
+    ):
         return _Together(networks)
     return lambda z: tuple(network(z) for network in networks)
 
