@@ -3,7 +3,7 @@
 A pooled value sees a small patch of the image, its neighbour the next one, and only a few pixels at their edges are
 shared. So one matrix product turns coefficients of the convolution's outputs, window by window, into coefficients of
 pixels, patch by patch; those of shared pixels are added up, and the maximum over the ball is |coefficients| . radius.
-That is what `pull` and `over_ball` do with a transposed convolution and whole images, in half the time on Table 4's teacher.
+That is what `pull` and `over_ball` do with a transposed convolution and whole images, in half the time.
 
 Here the row comes last, `(N, ..., R)`, not second: then every step works on long pieces of memory.
 """
