@@ -1,6 +1,6 @@
 # From nothing but Python >= 3.11 and make: each command sets up .venv by itself, once.
 .DEFAULT_GOAL := help
-.PHONY: help figures test notebooks lab lint clean
+.PHONY: help figures train test notebooks lab lint clean
 
 PROFILE = digits
 PY := .venv/bin/python
@@ -9,6 +9,9 @@ figures: .venv/ready
 	@$(PY) -m faithkd.cli run --profile '$(PROFILE)' $(foreach s,$(SET),--set '$(s)') \
 	    $(foreach n,$(ONLY),--only '$(n)') $(if $(RETRAIN),--retrain) \
 	    $(if $(JOBS),--jobs '$(JOBS)') $(if $(CLUSTER),--cluster '$(CLUSTER)')
+
+train: .venv/ready
+	@$(PY) -m faithkd.cli train --profile '$(PROFILE)' $(foreach s,$(SET),--set '$(s)') $(if $(JOBS),--jobs '$(JOBS)')
 
 test: .venv/ready
 	@sh .ci/checks
@@ -34,6 +37,8 @@ help:
 	@echo 'make figures [PROFILE=digits] [SET="train.epochs=2 data.test_images=100"] [ONLY="08 09"] [RETRAIN=1]'
 	@echo '             [JOBS=4 | CLUSTER=tcp://127.0.0.1:8786]'
 	@echo '    all tables and figures, to figures/PROFILE/; PROFILE is one of' $(sort $(basename $(notdir $(wildcard params/*.yaml))))
+	@echo 'make train [PROFILE=digits] [SET=...] [JOBS=4]'
+	@echo '    all networks of a profile that are not there yet, one on each core'
 	@echo 'make lab          the notebooks in JupyterLab'
 	@echo 'make test         lint, unit tests, notebooks, everything from an empty store, the browser'
 	@echo 'make notebooks    execute the committed notebooks again after a change'

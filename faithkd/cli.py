@@ -91,6 +91,9 @@ def run(
     with _alone(folder):
         fresh = _start_retrain(folder) if retrain else None
         try:
+            if retrain and not only:  # all networks are missing: one on each core, not one after another
+                with _environment(FAITHKD_FRESH=fresh):
+                    _train(p)
             executed = _execute_all(p, chosen, folder, fresh)
         except KeyboardInterrupt:
             print("\nstopped; nothing finished is lost: run the same command to go on", file=sys.stderr)
@@ -101,6 +104,24 @@ def run(
         if executed or not about.is_file():
             _write_json(about, _provenance(p, _read_json(folder / "done.json"), _read_json(about)))
     _say_where(p, folder)
+
+
+@app.command()
+def train(
+    profile: Annotated[str, typer.Option(help="Which params/*.yaml.")] = "digits",
+    settings: Sets = None,
+    jobs: Annotated[str | None, typer.Option(metavar="N", help="How many at once; without it one a core.")] = None,
+) -> None:
+    """Train all networks of a profile that are not there yet, several at once; `faithkd run` then finds them."""
+    from faithkd import params
+
+    p = params.load(profile, settings or [])
+    _share_out(jobs, None)
+    try:
+        _train(p)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last epoch of each network", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command("params")
@@ -134,6 +155,13 @@ def committed(
     if complaints:
         print("`make notebooks` executes them again", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _train(p) -> None:
+    from faithkd import experiment
+
+    trained = experiment.train(p)
+    print(f"{p.name}: {trained or 'no'} network{'' if trained == 1 else 's'} had to be trained", flush=True)
 
 
 def _share_out(jobs: str | None, cluster: str | None) -> None:

@@ -91,12 +91,64 @@ def history(p: Params, method: str) -> pd.DataFrame:
 
 
 def trained(
-    p: Params, method: str, alpha: float | None = None, rule: losses.Method | None = None
+    p: Params, method: str, alpha: float | None = None, rule: losses.Method | None = None, *, bar: bool = True
 ) -> tuple[nn.Sequential, pd.DataFrame]:
     """A network, "RT" or a student's method, and the history of its training: found in the store, or trained.
 
-    `alpha` and `rule` as for `student`.
+    `alpha` and `rule` as for `student`; `bar`: whether training shows one.
     """
+    return _training(p, method, alpha, rule, bar)()
+
+
+def networks(p: Params) -> list[tuple[Params, str, float | None]]:
+    """Every network that the notebooks ask for by its method, as arguments of `trained`; teachers first."""
+    wanted = [(q, method, None) for q in repeats(p) for method in ("RT", *STUDENTS)]
+    wanted += [(q, "FD", float(alpha)) for q in repeats(p) for alpha in p.ablation.alpha]
+    wanted += [(changed(p, text), "FD", None) for text in p.ablation.settings]
+    for text in p.ablation.readings:
+        wanted += [(changed(p, text), method, None) for method in ("RT", *p.ablation.students)]
+    wanted += [(q, "RT", None) for _, q in ramps(p)]
+    return sorted(wanted, key=lambda network: network[1] != "RT")
+
+
+def ramps(p: Params) -> list[tuple[str, Params]]:
+    """The first epochs of a teacher's training "with ramp" of ε and "without", from two seeds each (notebook 02)."""
+    few = f"train.epochs={min(12, p.train.epochs)} train.early_stopping=none"
+    return [
+        (title, changed(p, f"{few} train.ramp_epochs={ramp} seed={p.seed + add}"))
+        for title, ramp in (("with ramp", p.train.ramp_epochs), ("without", 0))
+        for add in (0, 1)
+    ]
+
+
+def train(p: Params) -> int:
+    """Train all of `networks` that are not in the store, as many at once as there are cores; how many those were.
+
+    Always on this machine, where each keeps its checkpoint: what is stopped goes on where it was.
+    """
+    count = 0
+    for kind in ("teachers", "students"):  # in this order, as a student's key holds its teacher
+        missing = {}
+        for network in networks(p):
+            if (network[1] == "RT") == (kind == "teachers"):
+                entry, depends, *_ = _training(*network).args
+                if not store.exists(entry, depends):
+                    missing[store.key(entry, **depends)] = network
+        alone = len(missing) == 1 or parallel.jobs() == 1
+        calls = [partial(_train, *network, bar=alone) for network in missing.values()]
+        bar = {"unit": "network", "total": len(calls), "leave": False, "disable": not calls}
+        for _ in tqdm(parallel.run(calls, sample=0.0, here=True), f"{p.profile}: training {kind}", **bar):
+            count += 1
+    return count
+
+
+def _train(*network, bar: bool) -> None:
+    """`trained` for another process: what comes of it is in the store."""
+    trained(*network, bar=bar)
+
+
+def _training(p: Params, method: str, alpha: float | None = None, rule: losses.Method | None = None, bar: bool = True):
+    """`store.network` with its arguments for a network: kind, dependencies, what trains it and what builds it."""
     settings = getattr(p.train, method, None)
     if settings is None or method not in ("RT", *METHODS):
         raise ValueError(f"no settings for {method!r} in the parameters; there are RT, {', '.join(METHODS)}")
@@ -127,7 +179,7 @@ def trained(
             device=device(p),
             clip=data.clip_range(p),
             checkpoint=checkpoint,
-            description=f"{p.profile}: training {label}",
+            description=f"{p.profile}: training {label}" if bar else None,
         )
 
     depends = {
@@ -142,7 +194,7 @@ def trained(
         "teacher": guide and fingerprint(guide),
     }
     name = f"{p.data.name}-{label}-seed{p.seed}"
-    return store.network("network", depends, build, make, name=name)
+    return partial(store.network, "network", depends, build, make, name=name)
 
 
 def accuracy(p: Params, methods=STUDENTS) -> pd.DataFrame:

@@ -64,16 +64,16 @@ def check() -> None:
 
 
 def run(
-    calls: Sequence[Callable[[], object]], count: int | None = None, sample: float | None = None
+    calls: Sequence[Callable[[], object]], count: int | None = None, sample: float | None = None, here: bool = False
 ) -> Iterator[tuple[int, object]]:
     """Yield the place and the result of every call, each as soon as it is finished, in whatever order that is.
 
     `calls` must be picklable, as functools.partial of a module's function is. An error of a call ends the run.
     `count` replaces `jobs()`. `sample`: seconds spent on the first calls here (without: SAMPLE); 0 to start processes
-    at once.
+    at once. `here`: on this machine also where there is a cluster.
     """
     sample = SAMPLE if sample is None else sample
-    count, address, left = count or jobs(), cluster(), list(enumerate(calls))
+    count, address, left = count or jobs(), None if here else cluster(), list(enumerate(calls))
     done, spent = 0, 0.0
     while left and not address:
         if count > 1 and len(left) > 1 and spent >= sample and (not sample or spent * len(left) >= WORTHWHILE * done):

@@ -203,18 +203,29 @@ def test_two_runs_at_once_wait_for_each_other(home):
 
 def test_retrain_is_one_run_even_when_it_was_stopped(home):
     note = 'import os\nopen("fresh.txt", "a").write(os.environ.get("FAITHKD_FRESH", "none") + "\\n")'
+    smoke = ("--profile", "smoke")  # as --retrain begins with all networks of the profile
     home.write("00-quick", note)
     home.write("01-fails", 'import os\nassert os.path.exists("go")\n' + note)
-    home.call("run", "--only", "0")
-    home.call("run", "--retrain", code=1)
-    assert "--retrain is waiting" in home.call("run", "--only", "0")
+    home.call("run", *smoke, "--only", "0")
+    assert "networks had to be trained" in home.call("run", *smoke, "--retrain", code=1)
+    assert "--retrain is waiting" in home.call("run", *smoke, "--only", "0")
     (home.folder / "notebooks" / "go").touch()
-    assert "going on" in home.call("run", "--retrain")
-    home.call("run")
+    said = home.call("run", *smoke, "--retrain")
+    assert "going on" in said and "no networks had to be trained" in said
+    home.call("run", *smoke)
     before, first, second = (home.folder / "notebooks" / "fresh.txt").read_text().split()
     assert before == "none" and first == second != "none"
-    home.call("run", "--retrain", "--only", "0")
+    home.call("run", *smoke, "--retrain", "--only", "0")
     assert (home.folder / "notebooks" / "fresh.txt").read_text().split()[-1] not in ("none", first)
+
+
+def test_train_makes_all_networks_once(home):
+    assert "networks had to be trained" in home.call("train", "--profile", "smoke")
+    assert "no networks had to be trained" in home.call("train", "--profile", "smoke")
+    home.write("00-student", 'from faithkd import experiment, params\nexperiment.student(params.load("smoke"), "FD")')
+    made = sorted((home.folder / ".store" / "network").iterdir())
+    home.call("run", "--profile", "smoke")
+    assert sorted((home.folder / ".store" / "network").iterdir()) == made
 
 
 def test_jobs_reach_the_kernels_and_nothing_else(home):

@@ -167,6 +167,17 @@ def test_readings_train_only_the_students_they_are_asked_for(p, monkeypatch):
     assert set(frame["method"]) == {"RT", "FD"} and set(frame["measure"]) >= {"accuracy", "agreement", "EmpLB"}
 
 
+def test_everything_can_be_trained_ahead(p, robustness, faithfulness, monkeypatch):
+    experiment.train(p)
+    calls = count_trainings(monkeypatch)
+    for measure in (experiment.accuracy, experiment.robustness, experiment.faithfulness):
+        experiment.over_seeds(p, measure)
+    experiment.over_seeds(p, experiment.faithfulness, alphas=True)
+    experiment.settings(p)
+    experiment.readings(p)
+    assert calls == [] and experiment.train(p) == 0
+
+
 def test_a_loss_without_source_is_refused(p, monkeypatch):
     nameless = Method(eval("lambda *arguments: 0.0"), None, "typed in")
     monkeypatch.setitem(losses.METHODS, "SD", nameless)
