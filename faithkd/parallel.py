@@ -6,6 +6,7 @@ scheduler, whose workers then do the work instead. Both go through joblib.
 
 import os
 import re
+import sys
 import threading
 import time
 import warnings
@@ -97,6 +98,7 @@ def results(calls: Mapping[object, Callable[[], object]], description: str, samp
 def _spread(numbered: list, count: int, address: str | None) -> Iterator[tuple[int, object]]:
     """`run` for calls with their places, in `count` processes or on the cluster at `address`."""
     from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky import get_reusable_executor
 
     settings = {"backend": _dask(address)} if address else {"backend": "loky", "inner_max_num_threads": 1}
     with parallel_config(**settings):
@@ -116,6 +118,8 @@ def _spread(numbered: list, count: int, address: str | None) -> Iterator[tuple[i
         with warnings.catch_warnings():  # joblib tells that calls were cancelled, which is what is wanted
             warnings.simplefilter("ignore", UserWarning)
             results.close()
+        if parent and sys.exc_info()[0]:  # ended early: else Python would complain at its exit of what they held
+            get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 def _alone(place: int, call: Callable[[], object], parent: int | None) -> tuple[int, object]:
