@@ -164,6 +164,21 @@ def _train(p) -> None:
     print(f"{p.name}: {trained or 'no'} network{'' if trained == 1 else 's'} had to be trained", flush=True)
 
 
+@app.command()
+def handout(
+    folder: Annotated[Path, typer.Argument(help="Where to write; made if it is not there.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Notebooks: 02, 02-teacher; none: all.")] = None,
+    solutions: Annotated[bool, typer.Option("--solutions", help="Keep the solutions: a teacher's copy.")] = False,
+) -> None:
+    """Copy notebooks for a course, without their solutions, with all their exercises on one sheet."""
+    from faithkd import teaching
+
+    chosen = notebooks.pick(names or [])
+    count = teaching.handout(folder, chosen, solutions)
+    kept = "with" if solutions else "without"
+    print(f"{_short(folder)}: {_count(chosen, 'notebook')} {kept} solutions, exercises.md with {count} exercises")
+
+
 def _share_out(jobs: str | None, cluster: str | None) -> None:
     """Tell the kernels who does the work, and find out now whether that will be possible."""
     if jobs is not None and cluster is not None:
