@@ -20,12 +20,8 @@ from faithkd.source import structure
 PROFILE = "digits"  # what the committed notebooks are executed on
 QUICK = "smoke"  # its figures are made everywhere and committed nowhere
 SIZE_LIMIT = 1_500_000  # bytes; beyond it a repository's web page no longer shows a notebook well
-TOOLS = {
-    "cli.py",
-    "notebooks.py",
-    "source.py",
-    "teaching.py",
-}  # modules of the package that no notebook's output depends on
+# modules of the package that no notebook's output depends on
+TOOLS = {"cli.py", "notebooks.py", "source.py", "teaching.py"}
 KERNEL = {  # for every execution; the level, because a kernel reports to the terminal also when we stop it
     "kernel_name": "python3",
     "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],
