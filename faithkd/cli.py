@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -221,7 +222,7 @@ def _expected(p, done: dict) -> dict[str, float]:
 
 
 def _remaining(todo: list[str], expected: dict[str, float], took: dict[str, float]) -> float | None:
-    """Seconds that `todo` will take, by earlier times at this run's pace, else by its mean; None: unknown."""
+    """Seconds that `todo` will add, by earlier times at this run's pace, else by its mean; None: unknown."""
     known = [stem for stem in took if stem in expected]
     before = sum(expected[stem] for stem in known)
     pace = sum(took[stem] for stem in known) / before if before else 1.0
@@ -246,31 +247,39 @@ def _plan(p, chosen: list[Path], folder: Path, fresh: str | None) -> None:
 
 
 def _execute_all(p, chosen: list[Path], folder: Path, fresh: str | None) -> int:
-    """Execute what is not there yet, in order; returns how many notebooks that were."""
+    """Execute what is not there yet, several notebooks at a time; returns how many that were."""
     done = _read_json(folder / "done.json")
     todo = [path for path in chosen if not _is_done(path, p, folder, done.get(path.stem), fresh)]
-    expected, took, start = _expected(p, done), {}, time.monotonic()
-    print(f"{p.name}: {_count(chosen, 'notebook')}, {len(todo)} to run", flush=True)
+    expected, took, begin, gone = _expected(p, done), {}, time.monotonic(), 0.0
+    width = min(notebooks.at_once(), len(todo))
+
+    def left() -> str:
+        stems = [path.stem for path in todo if path.stem not in took]
+        return f", {_about(_remaining(stems, expected, took))}" if stems else ""
+
+    together = f", {width} at a time" if width > 1 else ""
+    print(f"{p.name}: {_count(chosen, 'notebook')}, {len(todo)} to run{together}{left()}", flush=True)
     if not fresh and _open_retrain(folder):
         print("(an unfinished --retrain is waiting: add --retrain to go on with that instead)")
-    left = [path.stem for path in todo]
-    for number, path in enumerate(chosen, 1):
-        place = f"[{number:>2}/{len(chosen)}] {path.stem:<26}"
+    places = {path.stem: f"[{number:>2}/{len(chosen)}] {path.stem:<26}" for number, path in enumerate(chosen, 1)}
+    for path in chosen:
         if path not in todo:
-            print(f"{place} already there, {_count(done[path.stem]['files'], 'file')}")
-            continue
-        gone, about = _clock(time.monotonic() - start), _about(_remaining(left, expected, took))
-        print(f"{place} {notebooks.title(path)} · {gone} gone, {about}", flush=True)
-        done[path.stem] = _execute(path, p, folder, fresh)
-        _write_json(folder / "done.json", done)  # at once, so that a kill loses at most the notebook in work
-        took[path.stem] = done[path.stem]["seconds"]
-        left.remove(path.stem)
-        print(f"{'':>8}{_count(done[path.stem]['files'], 'file')} in {_clock(took[path.stem])}", flush=True)
+            print(f"{places[path.stem]} already there, {_count(done[path.stem]['files'], 'file')}", flush=True)
+    calls = [partial(_execute, path, p, folder, fresh, alone=width == 1) for path in todo]
+    # closed, lest an interrupt in the loop's own lines leave the others running
+    with contextlib.closing(parallel.run(calls, width, sample=0.0, here=True)) as finished:
+        for number, entry in finished:
+            path, before, gone = todo[number], gone, time.monotonic() - begin
+            made = f"{_count(entry['files'], 'file')} in {_clock(entry['seconds'])}"
+            took[path.stem] = entry["seconds"] = round(gone - before, 1)  # as several are executed at a time
+            done[path.stem] = entry
+            _write_json(folder / "done.json", done)  # at once, so that a kill loses at most the notebooks in work
+            print(f"{places[path.stem]} {notebooks.title(path)} · {made} · {_clock(gone)} gone{left()}", flush=True)
     return len(todo)
 
 
-def _execute(path: Path, p, folder: Path, fresh: str | None) -> dict:
-    """Execute one notebook by papermill; returns its entry for done.json."""
+def _execute(path: Path, p, folder: Path, fresh: str | None, alone: bool) -> dict:
+    """Execute one notebook by papermill; returns its entry for done.json. `alone`: whether it has the terminal."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -292,7 +301,7 @@ def _execute(path: Path, p, folder: Path, fresh: str | None) -> dict:
                 cwd=path.parent,
                 progress_bar=False,
                 start_timeout=300,
-                stderr_file=_Relay(sys.stderr),
+                stderr_file=_Relay(sys.stderr) if alone else _Relay(sys.stderr, f"{path.stem[:2]} | "),
             )
     except papermill.PapermillExecutionError as error:
         raise _failed(path, target, error) from None
@@ -342,10 +351,13 @@ def _mistakes() -> set[str]:
 
 
 class _Relay:
-    """A kernel's stderr (bars of long trainings, warnings): live on a terminal, now and then in a log."""
+    """A kernel's stderr (bars of long trainings, warnings): live on a terminal, now and then in a log.
 
-    def __init__(self, stream):
-        self.stream, self.live = stream, stream.isatty()
+    `name`: put before every line where several kernels share the terminal, which then is treated like a log.
+    """
+
+    def __init__(self, stream, name: str = ""):
+        self.stream, self.live, self.name = stream, stream.isatty() and not name, name
         self.line, self.shown = "", time.monotonic()
 
     def write(self, text: str) -> None:
@@ -362,7 +374,7 @@ class _Relay:
     def _show(self, line: str) -> None:
         pieces = [piece for piece in line.split("\r") if piece.strip()]  # all but the last were overwritten
         if pieces:
-            self.stream.write(pieces[-1].rstrip() + "\n")
+            self.stream.write(f"{self.name}{pieces[-1].rstrip()}\n")
             self.shown = time.monotonic()
 
     def flush(self) -> None:
@@ -430,7 +442,7 @@ def _start_retrain(folder: Path) -> str:
 
 
 def _provenance(p, done: dict, before: dict) -> dict:
-    """What made the figures: parameters, versions, machine, seconds for each notebook.
+    """What made the figures: parameters, versions, machine, seconds that each notebook added to its run.
 
     `before`: what was said of the same figures so far; where the parameters were the same, the notebooks that only an
     earlier run executed, perhaps in another clone, keep their seconds.

@@ -105,7 +105,8 @@ def _shuffled(p: Params, count: int) -> torch.Tensor:
 def _split(p: Params, train: bool, rows: torch.Tensor) -> Split:
     pixels, labels = _raw(p.data.name, train)
     mean, std = _standardisation(p)
-    return Split((pixels[rows].float() / pixels_range(p.data.name) - mean) / std, labels[rows], rows)
+    x = pixels[rows].float().div_(pixels_range(p.data.name)).sub_(mean).div_(std)  # in place: a whole set is large
+    return Split(x, labels[rows], rows)
 
 
 def pixels_range(name: str) -> int:

@@ -511,15 +511,23 @@ class _Task:
 def _tables(p: Params, tasks: list[_Task], description: str) -> list[pd.DataFrame]:
     """The table of each task, in order: read from the store, or made on all cores and stored as soon as it is there."""
     wanted = {store.key(task.kind, **task.depends): task for task in tasks}
-    missing = [task for task in wanted.values() if not store.exists(task.kind, task.depends)]
+    if any(not store.exists(task.kind, task.depends) for task in wanted.values()):
+        # One notebook at a time has all cores; what it makes, another that waited need not make again.
+        with store.alone("measuring", "measuring on all cores"):
+            _measure(p, list(wanted.values()), description)
+    return [task.stored(partial(task.build, *task.arguments)) for task in tasks]
+
+
+def _measure(p: Params, tasks: list[_Task], description: str) -> None:
+    """Make and store those of the tables that are not there."""
+    missing = [task for task in tasks if not store.exists(task.kind, task.depends)]
     calls = [partial(_make, MEASURE, task.build, *task.arguments) for task in missing]
-    done, at_once = len(wanted) - len(missing), p.models.teacher.kind == "convolutional"  # whose pieces take long
+    done, at_once = len(tasks) - len(missing), p.models.teacher.kind == "convolutional"  # whose pieces take long
     bar = {"desc": f"{p.profile}: {description}", "unit": "piece", "leave": False}
-    with tqdm(total=len(wanted), initial=done, **bar) as bar:
+    with tqdm(total=len(tasks), initial=done, **bar) as bar:
         for place, table in parallel.run(calls, sample=0.0 if at_once else None):
             missing[place].stored(lambda table=table: table)
             bar.update()
-    return [task.stored(partial(task.build, *task.arguments)) for task in tasks]
 
 
 def _make(measure: str, build: Callable[..., pd.DataFrame], *arguments) -> pd.DataFrame:

@@ -11,14 +11,16 @@ import hashlib
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
-from faithkd import paths
+from faithkd import parallel, paths
 from faithkd.errors import FaithkdError
 from faithkd.source import structure
 
 PROFILE = "digits"  # what the committed notebooks are executed on
 QUICK = "smoke"  # its figures are made everywhere and committed nowhere
+AT_ONCE = 4  # notebooks, each of which takes up to 2 GB
 SIZE_LIMIT = 1_500_000  # bytes; beyond it a repository's web page no longer shows a notebook well
 # modules of the package that no notebook's output depends on
 TOOLS = {"cli.py", "notebooks.py", "source.py", "teaching.py"}
@@ -175,31 +177,39 @@ def _texts(output: dict) -> list[str]:
 
 def refresh(names: list[str], report=print) -> None:
     """Execute the committed notebooks called `names` (none: all) on digits and write them back normalised."""
+    chosen = pick(names)
+    for place, _ in parallel.run([partial(_refresh, path) for path in chosen], at_once(), sample=0.0, here=True):
+        report(f"executed {chosen[place].stem}")
+    for name, renew in (("README.md", readme), ("PAPER.md", paper_page)):
+        page = paths.ROOT / name
+        if page.is_file():
+            page.write_text(renew(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def at_once() -> int:
+    """How many notebooks are executed at a time: while one computes on all cores, others start, or draw on one."""
+    return min(parallel.jobs(), AT_ONCE)
+
+
+def _refresh(path: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     from faithkd import params
 
-    p = params.load(PROFILE)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's python3, not another of the user's
     os.environ.pop("MPLBACKEND", None)  # a user's own choice would leave the notebooks without pictures
-    for path in pick(names):
-        report(f"executing {path.stem}")
-        notebook = nbformat.read(path, as_version=4)
-        folder = {"metadata": {"path": str(path.parent)}}
-        try:
-            NotebookClient(notebook, **KERNEL, timeout=None, resources=folder).execute()
-        except (CellExecutionError, DeadKernelError) as error:
-            raise NotebookError(f"{path.name} was left as it was, because it failed:\n{error}") from None
-        text = nbformat.writes(normalise(notebook, path.stem, stamp(path, p))) + "\n"
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    for name, renew in (("README.md", readme), ("PAPER.md", paper_page)):
-        page = paths.ROOT / name
-        if page.is_file():
-            page.write_text(renew(page.read_text(encoding="utf-8")), encoding="utf-8")
+    notebook = nbformat.read(path, as_version=4)
+    folder = {"metadata": {"path": str(path.parent)}}
+    try:
+        NotebookClient(notebook, **KERNEL, timeout=None, resources=folder).execute()
+    except (CellExecutionError, DeadKernelError) as error:
+        raise NotebookError(f"{path.name} was left as it was, because it failed:\n{error}") from None
+    text = nbformat.writes(normalise(notebook, path.stem, stamp(path, params.load(PROFILE)))) + "\n"
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def normalise(notebook, stem: str, stamp: str):

@@ -106,10 +106,12 @@ def _entry(kind: str, depends: dict, name: str, suffix: str, encode, decode):
     # Without the lock first: a store that is read-only but complete can be used.
     if (found := _find(kind, number, suffix, decode)) is not None:
         return found
-    with _locked(kind, number, name):
+    with alone(f"{kind}-{number}", f"making {kind} {name or number}"):
         # Another run may have made it meanwhile; and what cannot be read under the lock is really damaged.
         if (found := _find(kind, number, suffix, decode, _put_aside)) is not None:
             return found
+        with _writing(root()):
+            (root() / kind).mkdir(exist_ok=True)
         fresh = os.environ.get("FAITHKD_FRESH")
         run = "-" + hashlib.sha256(fresh.encode()).hexdigest()[:8] if fresh else ""
         payload, items = encode(root() / kind / f"{number}{run}.checkpoint")
@@ -167,16 +169,15 @@ def _warn(text: str) -> None:
 
 
 @contextmanager
-def _locked(kind: str, number: str, name: str):
-    """Only one run at a time makes an entry; the lock of a killed run vanishes with its process."""
+def alone(name: str, doing: str):
+    """Only one process at a time is inside; the lock of a killed one vanishes with it. `doing`: said while waiting."""
     with _writing(root()):
-        (root() / kind).mkdir(parents=True, exist_ok=True)
-        (root() / ".locks").mkdir(exist_ok=True)
-        lock = FileLock(root() / ".locks" / f"{kind}-{number}.lock")
+        (root() / ".locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root() / ".locks" / f"{name}.lock")
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            print(f"another run is making {kind} {name or number}; waiting", file=sys.stderr, flush=True)
+            print(f"another run is {doing}; waiting", file=sys.stderr, flush=True)
             lock.acquire()
     try:
         yield

@@ -189,6 +189,42 @@ def test_control_c_says_that_nothing_is_lost(home):
     until(lambda: not lives(int(pid_file.read_text())), 20)
 
 
+def test_several_notebooks_are_executed_at_a_time(home):
+    home.write("00-waits", 'import sys\nprint("hello", file=sys.stderr)', WAIT)
+    home.write("01-goes", 'import pathlib\npathlib.Path("go").touch()')
+    assert home.write("02-last", "1")
+    printed = home.call("run", FAITHKD_JOBS="2")  # one after another, the first would wait for ever
+    assert "3 to run, 2 at a time" in printed and "00 | hello\n" in printed
+    assert re.search(r"\[ 1/3\] 00-waits .*\[ 3/3\] 02-last [^\n]*gone\n", printed, re.DOTALL), printed
+    seconds = json.loads((home.folder / "figures" / "digits" / "provenance.json").read_text())["seconds"]
+    gone = re.findall(r"(\d+):(\d\d) gone", printed)[-1]
+    assert abs(sum(seconds.values()) - 60 * int(gone[0]) - int(gone[1])) < 1, "together they are the whole run's"
+
+
+def test_where_one_of_several_notebooks_fails_the_run_ends(home):
+    home.write("00-waits", WAIT)
+    home.write("01-fails", 'from faithkd.params import ParamsError\nraise ParamsError("choose another eps")')
+    printed = home.call("run", code=2, FAITHKD_JOBS="2")
+    assert "error: choose another eps\n  in 01-fails" in printed and "Traceback" not in printed
+    pid_file = home.folder / "notebooks" / "kernel.pid"
+    until(lambda: not pid_file.exists() or not lives(int(pid_file.read_text())), 20)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_while_several_are_executed(home, stop):
+    home.write("00-quick", "1")
+    home.write("01-slow", WAIT)
+    process = home.start("run", FAITHKD_JOBS="2")
+    pid_file = home.folder / "notebooks" / "kernel.pid"
+    until(lambda: set(done(home)) == {"00-quick"} and pid_file.exists() and pid_file.read_text())
+    process.send_signal(stop)
+    printed, _ = process.communicate(timeout=120)
+    assert "Traceback" not in printed and ("to go on" in printed) == (stop == signal.SIGINT)
+    until(lambda: not lives(int(pid_file.read_text())), 20)
+    (home.folder / "notebooks" / "go").touch()
+    assert home.call("run").count("already there") == 1
+
+
 def test_two_runs_at_once_wait_for_each_other(home):
     home.write("01-slow", WAIT)
     first = home.start("run")

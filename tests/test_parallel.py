@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 
@@ -89,6 +90,24 @@ def sweep():
 
 def stored() -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.root().glob("*/*.csv")}
+
+
+def test_two_notebooks_at_once_measure_once(monkeypatch, capsys):
+    monkeypatch.setenv("FAITHKD_JOBS", "1")  # what is patched must be called in this process
+    pieces, make = [], experiment._make
+
+    def slow(*arguments):
+        pieces.append(arguments)
+        time.sleep(0.1)  # so that the other asks for the same meanwhile
+        return make(*arguments)
+
+    monkeypatch.setattr(experiment, "_make", slow)
+    p, images, (guide, network) = small_pair()
+    with ThreadPoolExecutor(2) as notebooks:
+        first, second = (notebooks.submit(experiment.bracket, p, guide, network, images, 0.1) for _ in range(2))
+        pd.testing.assert_frame_equal(first.result(), second.result())
+    assert len(pieces) == len(stored()) > 3  # not twice as many
+    assert "another run is measuring on all cores; waiting" in capsys.readouterr().err
 
 
 def test_every_result_comes_once_with_its_place(monkeypatch):

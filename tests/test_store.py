@@ -395,7 +395,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half(monkeypatch):
         store.table("tables", {"a": 2}, frame)
     assert len(list((store.root() / "tables").iterdir())) == 2
     # What is there can still be read, without any lock or write.
-    monkeypatch.setattr(store, "_locked", None)
+    monkeypatch.setattr(store, "alone", None)
     assert len(store.table("tables", {"a": 1}, never)) == 2
 
 
