@@ -192,7 +192,7 @@ def test_control_c_says_that_nothing_is_lost(home):
 def test_several_notebooks_are_executed_at_a_time(home):
     home.write("00-waits", 'import sys\nprint("hello", file=sys.stderr)', WAIT)
     home.write("01-goes", 'import pathlib\npathlib.Path("go").touch()')
-    assert home.write("02-last", "1")
+    home.write("02-last", "1")
     printed = home.call("run", FAITHKD_JOBS="2")  # one after another, the first would wait for ever
     assert "3 to run, 2 at a time" in printed and "00 | hello\n" in printed
     assert re.search(r"\[ 1/3\] 00-waits .*\[ 3/3\] 02-last [^\n]*gone\n", printed, re.DOTALL), printed
