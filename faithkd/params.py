@@ -98,7 +98,7 @@ class Data(Group):
     mean: list[Ratio]
     std: list[Positive]
     clip: Flag
-    validation: Whole
+    validation: Count  # at least one: accuracies during training are theirs, with early stopping or without
     test_images: Count
 
 
@@ -286,8 +286,6 @@ def _contradictions(p: Params):
             yield f"data.{name}", f"needs one number per channel: {shape[0]} for {data.name}"
     if data.clip and data.space != "pixel":
         yield "data.clip", "needs data.space=pixel: standardised inputs have no common range to clip to"
-    if p.train.early_stopping == "validation" and data.validation == 0:
-        yield "data.validation", "must be at least 1 while train.early_stopping is validation"
     if data.test_images > test_images:
         yield "data.test_images", f"must be at most {test_images}, all there are in {data.name}"
     if data.validation + (data.test_images if data.name == "digits" else 0) >= train_images:
