@@ -1,6 +1,5 @@
 """The ladder of methods: each bound is the smallest of all computed on the way to it."""
 
-import difflib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from faithkd import attacks, parallel
+from faithkd import arguments, attacks, parallel
 from faithkd.bounds import agreement, branch
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.network import Network, ball, check_images, prepare, prepare_pair, single
@@ -82,31 +81,18 @@ class Choices:
     agreement: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
-        check_choice("solver", self.solver, ("highs", "gurobi", "auto"))
-        check_count("max_nodes", self.max_nodes)
-        check_count("nodes", 1 if self.nodes is None else self.nodes)
-        for name, value in (("budget", self.budget), ("tolerance", self.tolerance)):
-            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-            if not number and not (name == "budget" and value is None):
-                raise FaithkdError(f"{name} must be a finite number >= 0, not {value!r}")
+        arguments.choice("method", self.method, METHODS)
+        arguments.choice("solver", self.solver, ("highs", "gurobi", "auto"))
+        arguments.whole("max_nodes", self.max_nodes)
+        arguments.random_seed(self.seed)
+        arguments.number("tolerance", self.tolerance)
+        if self.nodes is not None:
+            arguments.whole("nodes", self.nodes)
+        if self.budget is not None:
+            arguments.number("budget", self.budget)
         if self.agreement and "alpha-crown" not in LADDER[self.method]:
             able = ", ".join(name for name, rungs in LADDER.items() if "alpha-crown" in rungs)
             raise FaithkdError(f"agreement=True is for the methods {able}, not {self.method}; or certified_agreement()")
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuse what is no whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise FaithkdError(f"{name} must be a whole number >= 1, not {value!r}")
-
-
-def check_choice(what: str, given: str, known) -> None:
-    """Refuse an unknown name with the nearest known one."""
-    if given not in known:
-        near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise FaithkdError(f"unknown {what} {given!r}: choose one of {', '.join(known)}{meant}")
 
 
 def faithfulness_upper_bound(
@@ -177,7 +163,9 @@ def spread_out(
     for student in students:
         prepare_pair(teacher, student, x)
     ball(x, eps, clip)
-    count = min(parallel.jobs() if jobs is None else jobs, len(x)) if choices.method == "best" else 1
+    if jobs is not None:
+        arguments.whole("jobs", jobs)
+    count = min(jobs or parallel.jobs(), len(x)) if choices.method == "best" else 1
     if count <= 1:
         return climb(teacher, students, x, eps, clip, choices, progress)
     # a process alone has the time of all of them
@@ -404,7 +392,7 @@ def difference_bounds(
     Minima follow by antisymmetry: min (z_j - z_i) = -result[n, j, i]. +inf where nothing could be certified.
     Arguments and errors as in `faithfulness_upper_bound`; methods up to "milp", which look at one network.
     """
-    check_choice("method", method, [name for name in METHODS if "joint" not in LADDER[name]])
+    arguments.choice("method", method, [name for name in METHODS if "joint" not in LADDER[name]])
     choices = Choices(method, solver, max_nodes)
     x = check_images(x)
     prepared = prepare(network, tuple(x.shape[1:]))
@@ -433,7 +421,7 @@ def certified_agreement(
     The mean is a certified lower bound of the distillation agreement, Def. 3. `nodes`: into how many parts the ball is
     split at most, for each network. Other arguments and errors as in `faithfulness_upper_bound`.
     """
-    check_count("nodes", nodes)
+    arguments.whole("nodes", nodes)
     x = check_images(x)
     pair = prepare_pair(teacher, student, x)
     lower, upper = ball(x, eps, clip)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from faithkd import arguments
 from faithkd.errors import FaithkdError
 
 AFFINE = (nn.Linear, nn.Conv2d)
@@ -72,11 +73,7 @@ def check_layer(module: nn.Module, where: str) -> None:
             f"known layers: {', '.join(layer.__name__ for layer in LAYERS)}"
         )
     refuse_hooks(module, where)
-    for kind, weight in module.named_parameters():
-        if not weight.is_floating_point():
-            raise FaithkdError(f"{where}: the {kind} is of type {weight.dtype}, not a real floating-point number")
-        if not torch.isfinite(weight).all():
-            raise FaithkdError(f"{where}: the {kind} holds NaN or infinity; train or load the network again")
+    arguments.weights(module, where)
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         raise FaithkdError(f"{where}: padding_mode={module.padding_mode!r} is not supported, only 'zeros'")
     if isinstance(module, nn.MaxPool2d) and (module.ceil_mode or module.return_indices):
@@ -135,24 +132,13 @@ def prepare_pair(teacher: nn.Sequential, student: nn.Sequential, x: Tensor) -> t
     """Both networks checked for the images `x` `(N, *shape)` and against each other."""
     shape = tuple(x.shape[1:])
     pair = prepare(teacher, shape, "teacher"), prepare(student, shape, "student")
-    if pair[0].classes != pair[1].classes:
-        raise FaithkdError(
-            f"the teacher has {pair[0].classes} classes and the student {pair[1].classes}; they must agree"
-        )
+    arguments.same_classes(pair[0].classes, pair[1].classes)
     return pair
 
 
 def check_images(x: Tensor) -> Tensor:
     """The images as float64 on the CPU, all finite, `(N, *shape)`."""
-    if not isinstance(x, Tensor) or x.is_complex():
-        raise FaithkdError(f"x must be a real torch.Tensor of shape (N, *image), not {type(x).__name__}")
-    if x.ndim < 2:
-        raise FaithkdError(f"x has shape {tuple(x.shape)}; give a batch (N, *image), for one image x[None]")
-    x = x.detach().to(device="cpu", dtype=torch.float64)
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
-        raise FaithkdError(f"x holds NaN or infinity, first in image {bad}")
-    return x
+    return arguments.images(x).to(device="cpu", dtype=torch.float64)
 
 
 def ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
@@ -161,24 +147,9 @@ def ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tens
     `clip=(low, high)`, broadcastable to `x`, cuts the ball to the range of valid images. An image that leaves
     that range by no more than rounding keeps its own point; one that leaves it further is an error.
     """
-    try:
-        eps = float(eps)
-    except (TypeError, ValueError) as problem:
-        raise FaithkdError(f"eps must be one number, not {eps!r}") from problem
-    if not 0 <= eps < math.inf:
-        raise FaithkdError(f"eps must be a finite number >= 0, not {eps}")
+    eps, (low, high) = arguments.radius(eps), arguments.clip_range(clip, x)
     infinity = torch.full_like(x, math.inf)
     lower, upper = torch.nextafter(x - eps, -infinity), torch.nextafter(x + eps, infinity)
-    if clip is None:
-        return lower, upper
-    try:
-        low, high = (torch.as_tensor(end, dtype=torch.float64, device="cpu").broadcast_to(x.shape) for end in clip)
-    except (RuntimeError, TypeError, ValueError) as problem:
-        raise FaithkdError(f"clip must be (low, high), each broadcastable to x of shape {tuple(x.shape)}") from problem
-    # images are made in float32, so their values may lie a few of its roundings outside the range
-    room = 1e-5 * (1 + x.abs())
-    if not ((low - room <= x) & (x <= high + room)).all():
-        raise FaithkdError("x lies outside clip=(low, high), or clip holds NaN; are both in the networks' input space?")
     return torch.maximum(lower, torch.minimum(low, x)), torch.minimum(upper, torch.maximum(high, x))
 
 
