@@ -34,7 +34,7 @@ from faithkd.params import Params, Ratio, changed
 # file may be edited while a long run still works with what it imported.
 _PACKAGE = Path(__file__).parent
 MEASURE = source.digest_files(
-    *(_PACKAGE / name for name in ("attacks.py", "evaluation.py", "models.py")),
+    *(_PACKAGE / name for name in ("arguments.py", "attacks.py", "evaluation.py", "frozen.py", "models.py")),
     *sorted((_PACKAGE / "bounds").glob("*.py")),
 )
 

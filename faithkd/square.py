@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from faithkd.attacks import Clip, ball, fastest, search
 from faithkd.data import Split
 from faithkd.losses import cross_entropy
-from faithkd.models import together
 
 
 def margins(soft: Tensor, y: Tensor) -> Tensor:
@@ -49,7 +48,10 @@ def corners(
     The ascent walks through the ball; every point on its way is judged at the corner of its own orthant.
     """
     networks, x, clip, back = fastest((teacher, student), images.x, clip)
-    logits, (lower, upper) = together(networks), ball(x, eps, clip)
+    lower, upper = ball(x, eps, clip)
+
+    def logits(z: Tensor) -> tuple[Tensor, ...]:
+        return tuple(network(z) for network in networks)
 
     def corner(z: Tensor) -> Tensor:
         return torch.where(z >= x, upper, lower)
