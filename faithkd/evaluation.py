@@ -209,8 +209,7 @@ def auto_attack(
         return Attack(holds, witnesses)
     scaled = _Scaled(given.rough, low, width, x.shape[1:])
     rows = holds.nonzero()[:, 0]
-    with given.rough.precision:
-        found = _run_auto_attack(scaled, scaled.scale(x[rows]), labels[rows], eps / float(width), version, seed)
+    found = _run_auto_attack(scaled, scaled.scale(x[rows]), labels[rows], eps / float(width), version, seed)
     points = torch.clamp(scaled.unscale(found), lower[rows], upper[rows])
     fooled = _classes(given, points)[0] != labels[rows]
     holds[rows[fooled]], witnesses[rows[fooled]] = False, points[fooled]
@@ -379,7 +378,7 @@ def _given(x, eps=0.0, clip=None, **networks: nn.Module) -> _Given:
     rough = frozen(networks, torch.float32 if single else torch.float64, x)
     exact = frozen(networks, torch.float64, x)
     some = x[:CHUNK] if len(x) else x.new_zeros(1, *x.shape[1:])
-    with torch.no_grad(), exact.precision:
+    with torch.no_grad():
         logits = exact(some.double())
     counts = [arguments.class_count(found, some, name) for name, found in zip(networks, logits, strict=True)]
     arguments.same_classes(counts[0], counts[-1])
@@ -388,7 +387,7 @@ def _given(x, eps=0.0, clip=None, **networks: nn.Module) -> _Given:
 
 def _logits(given: _Given, points: Tensor) -> tuple[Tensor, ...]:
     """The logits of each network at `points` (one per image), in float64: (N, C) each."""
-    with torch.no_grad(), given.exact.precision:
+    with torch.no_grad():
         parts = [given.exact(some.double()) for some in points.split(CHUNK)]
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
@@ -422,6 +421,5 @@ def _attack(given: _Given, prepare: Callable, budget: _Budget) -> Tensor:
         clip = tuple(end[rows] for end in given.clip)
         networks, x, clip, back = attacks.fastest(tuple(given.rough.networks.values()), given.x[rows], clip)
         logits = replace(given.rough, networks=dict(zip(given.rough.networks, networks, strict=True)))
-        with logits.precision:
-            found.append(back(attacks.search(prepare(logits, x, rows), x, given.eps, clip=clip, **settings)[0]))
+        found.append(back(attacks.search(prepare(logits, x, rows), x, given.eps, clip=clip, **settings)[0]))
     return torch.cat(found) if found else given.x.clone()

@@ -52,10 +52,7 @@ class Precision(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Frozen:
-    """Networks that all see the same points: `(N, *shape)` to a tuple of logits `(N, C)`, in `dtype`, by their names.
-
-    To be called inside `precision`.
-    """
+    """Networks that all see the same points: `(N, *shape)` to a tuple of logits `(N, C)`, in `dtype`, by their names."""
 
     networks: dict[str, nn.Module]
     dtype: torch.dtype
@@ -66,7 +63,8 @@ class Frozen:
 
     def _logits(self, name: str, z: Tensor) -> Tensor:
         try:
-            return self.networks[name](z)
+            with self.precision:
+                return self.networks[name](z)
         except Exception as problem:  # whatever a caller's own code raises
             raise FaithkdError(
                 f"{name} cannot be run on images of shape {tuple(z.shape[1:])} in {self.dtype}: "
