@@ -52,7 +52,7 @@ class Precision(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Frozen:
-    """Networks that all see the same points: `(N, *shape)` to a tuple of logits `(N, C)`, in `dtype`, by their names."""
+    """Networks that all see the same points: `(N, *shape)` to a tuple of logits `(N, C)`, in `dtype`."""
 
     networks: dict[str, nn.Module]
     dtype: torch.dtype

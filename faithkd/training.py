@@ -157,6 +157,7 @@ def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, gene
     if _blind(objective):
         pair, start, clip, back = fastest(pair, x, clip)
     # Only the gradient in x is wanted; freezing the weights spares every backward step the one in W.
+    trainable = [weight for weight in network.parameters() if weight.requires_grad]
     network.requires_grad_(False)
     end = ascend(
         objective(*pair, start, y),
@@ -167,7 +168,8 @@ def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, gene
         generator=generator,
         clip=clip,
     )
-    network.requires_grad_(True)
+    for weight in trainable:
+        weight.requires_grad_(True)
     return back(end) if back else end
 
 
