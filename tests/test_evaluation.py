@@ -207,9 +207,7 @@ def test_auto_attack_repeats_and_leaves_others_alone():
     assert evaluation.auto_attack(network, x[:0], y[:0], 0.2).holds.shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [({"eps": -1}, "eps must be"), ({"version": "fast"}, "standard, plus")]
-)
+@pytest.mark.parametrize(("change", "message"), [({"eps": -1}, "eps must be"), ({"version": "fast"}, "standard, plus")])
 def test_auto_attack_refuses_what_it_cannot_do(change, message):
     network, _, x = random_pair(4)
     arguments = {"network": network, "x": x, "y": evaluation.predictions(network, x), "eps": 0.1} | change
