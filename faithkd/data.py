@@ -4,13 +4,16 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from faithkd.errors import FaithkdError
-from faithkd.params import Params
 from faithkd.paths import ROOT
+
+if TYPE_CHECKING:
+    from faithkd.reproduce.params import Params
 
 CLASSES = {
     "digits": [str(digit) for digit in range(10)],
@@ -44,19 +47,19 @@ class Split:
         return Split(self.x[rows], self.y[rows], self.index[rows])
 
 
-def training(p: Params) -> Split:
+def training(p: "Params") -> Split:
     """The training images without the held-out ones (§6 trains on all of them and stops early on the test set)."""
     rows = _shuffled(p, len(_raw(p.data.name, True)[1]))[p.data.validation :]
     return _split(p, True, rows.sort().values)
 
 
-def validation(p: Params) -> Split:
+def validation(p: "Params") -> Split:
     """The `data.validation` training images held out for early stopping, drawn by seed."""
     rows = _shuffled(p, len(_raw(p.data.name, True)[1]))[: p.data.validation]
     return _split(p, True, rows.sort().values)
 
 
-def test(p: Params) -> Split:
+def test(p: "Params") -> Split:
     """The whole test set; CIFAR-10 without the 20 images that its array file holds only approximately."""
     rows = torch.arange(len(_raw(p.data.name, False)[1]))
     if p.data.name == "cifar10":
@@ -64,7 +67,7 @@ def test(p: Params) -> Split:
     return _split(p, False, rows)
 
 
-def test_subset(p: Params) -> Split:
+def test_subset(p: "Params") -> Split:
     """The paper's randomly sampled `data.test_images` test images (§6), drawn by seed; called the test set there.
 
     In the order in which they are drawn: the first few of them, as slow methods take, are a random sample too. (In
@@ -80,29 +83,29 @@ def test_subset(p: Params) -> Split:
     return everything[rows[: p.data.test_images]]
 
 
-def clip_range(p: Params) -> tuple[torch.Tensor, torch.Tensor] | None:
+def clip_range(p: "Params") -> tuple[torch.Tensor, torch.Tensor] | None:
     """The valid pixels [0, 1] where the parameters clip the ball to them, else None: the unclipped ball of Def. 2."""
     return (torch.tensor(0.0), torch.tensor(1.0)) if p.data.clip else None
 
 
-def to_pixels(p: Params, x: torch.Tensor) -> np.ndarray:
+def to_pixels(p: "Params", x: torch.Tensor) -> np.ndarray:
     """Images `x` (N, channels, height, width) as pixels in [0, 1] for matplotlib: (N, height, width[, 3])."""
     mean, std = _standardisation(p)
     pixels = (x.detach().cpu() * std + mean).clamp(0, 1)
     return pixels.squeeze(1).numpy() if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1).numpy()
 
 
-def _standardisation(p: Params) -> tuple[torch.Tensor, torch.Tensor]:
+def _standardisation(p: "Params") -> tuple[torch.Tensor, torch.Tensor]:
     if p.data.space == "pixel":
         return torch.tensor(0.0), torch.tensor(1.0)
     return torch.tensor(p.data.mean).view(-1, 1, 1), torch.tensor(p.data.std).view(-1, 1, 1)
 
 
-def _shuffled(p: Params, count: int) -> torch.Tensor:
+def _shuffled(p: "Params", count: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(p.seed))
 
 
-def _split(p: Params, train: bool, rows: torch.Tensor) -> Split:
+def _split(p: "Params", train: bool, rows: torch.Tensor) -> Split:
     pixels, labels = _raw(p.data.name, train)
     mean, std = _standardisation(p)
     x = pixels[rows].float().div_(pixels_range(p.data.name)).sub_(mean).div_(std)  # in place: a whole set is large
