@@ -20,10 +20,6 @@ from faithkd.data import Split
 from faithkd.losses import Method, attack_difference, attack_labels, attack_soft_labels, cross_entropy
 from faithkd.models import initialise
 
-# Raise this number when a change to training alters the networks that come out: it is part of every network's key,
-# so that no network trained by an older recipe is taken for a new one. tests/test_training.py notices the need.
-RECIPE = 1
-
 REDRAWS = 3  # so often at most other initial weights are drawn for a network that has died during the ramp
 MONITORED = 1000  # held-out images on which robust accuracy is recorded after each epoch; it decides nothing
 

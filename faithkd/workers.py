@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-import torch
 from tqdm import tqdm
 
 from faithkd.errors import FaithkdError
@@ -91,6 +90,8 @@ def results(calls: Mapping[object, Callable[[], object]], description: str, samp
 @contextmanager
 def one_thread():
     """Inside, torch uses one thread: small networks are faster so, and sums come out the same on every machine."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,9 +1,11 @@
 """One look for every figure and table, and one place they go: figures/<profile>/ as PDF, PNG and CSV."""
 
+import io
 import json
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,12 +18,15 @@ from faithkd import data
 from faithkd.errors import FaithkdError
 from faithkd.report import ledger, tables
 from faithkd.report.paper import STUDENTS
-from faithkd.reproduce.params import Params
+
+if TYPE_CHECKING:
+    from faithkd.reproduce.params import Params
 
 # One colour and one marker per network, everywhere (Okabe and Ito's palette, safe for colour-blind readers).
 COLOURS = {"RT": "#4d4d4d", "SD": "#E69F00", "ARD": "#56B4E9", "RSLAD": "#009E73", "FD": "#CC3377"}
 MARKERS = {"RT": "o", "SD": "s", "ARD": "^", "RSLAD": "D", "FD": "P"}
 LOWER, UPPER = "#3B6FB6", "#D1602E"  # EmpLB and FaithUB
+ROUNDING = 1e-6  # between processors, relative and, as all numbers are shares or percent, absolute
 WIDTH = 9.0  # inches: a notebook's column and a page alike
 
 
@@ -43,43 +48,51 @@ def style() -> None:
     )
 
 
-def parameters(p: Params, *names: str):
+def parameters(p: "Params", *names: str):
     """The parameters whose dotted names start with one of `names`, each with the paper's section or a reason."""
-    table = params.describe(p)
+    table = pd.DataFrame(p.described(), columns=["name", "value", "reason"])
     chosen = table[table["name"].str.startswith(names)] if names else table
     left = [{"selector": "td, th", "props": "text-align: left; padding: 0.2em 0.8em"}]
     return chosen.style.hide(axis="index").set_table_styles(left)
 
 
-def save(p: Params, name: str, figure: Figure, frame: pd.DataFrame) -> None:
+def save(p: "Params", name: str, figure: Figure, frame: pd.DataFrame) -> None:
     """Write a figure as `<name>.pdf` and `.png` with its data as `<name>.csv` to figures/<profile>/.
 
-    The files hold no dates, so that the same numbers give the same bytes. Raises FaithkdError when the folder cannot
-    be written to.
+    Where the files are there and hold the same numbers, up to the rounding in which processors differ, they are left
+    alone. They hold no dates. Raises FaithkdError when the folder cannot be written to.
     """
-    folder = p.figures_dir
+    files = {kind: p.figures_dir / f"{name}.{kind}" for kind in ("pdf", "png", "csv")}
+    fresh = not all(file.is_file() for file in files.values()) or not same(frame, files["csv"])
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # savefig gives a figure without a layout engine the default one for its next drawing: so none is default here.
-        with plt.rc_context({"figure.constrained_layout.use": figure.get_layout_engine() is not None}):
-            figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "ModDate": None})
-            figure.savefig(folder / f"{name}.png", metadata={"Software": None})
-        frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+        if fresh:
+            p.figures_dir.mkdir(parents=True, exist_ok=True)
+            # savefig gives a figure without a layout engine the default one for its next drawing: so none is default.
+            with plt.rc_context({"figure.constrained_layout.use": figure.get_layout_engine() is not None}):
+                figure.savefig(files["pdf"], metadata={"CreationDate": None, "ModDate": None})
+                figure.savefig(files["png"], metadata={"Software": None})
+            frame.to_csv(files["csv"], index=False, lineterminator="\n")
     except OSError as error:
         raise FaithkdError(
-            f"cannot write {name} to {folder}: {error.strerror or error}; give permission there"
+            f"cannot write {name} to {p.figures_dir}: {error.strerror or error}; give permission there"
         ) from None
-    _announce([folder / f"{name}.{kind}" for kind in ("pdf", "png", "csv")])
+    if log := os.environ.get("FAITHKD_OUTPUTS"):  # the runner sees later whether they are still there
+        with open(log, "a", encoding="utf-8") as notes:
+            notes.writelines(json.dumps({"path": str(file), "written": fresh}) + "\n" for file in files.values())
 
 
-def _announce(paths: list[Path]) -> None:
-    """Tell the runner which files this notebook wrote, so that it can see later whether they are still there."""
-    if log := os.environ.get("FAITHKD_OUTPUTS"):
-        with open(log, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"path": str(path)}) + "\n" for path in paths)
+def same(frame: pd.DataFrame, file: Path) -> bool:
+    """Whether a CSV file holds the frame's values: text as it stands, numbers up to ROUNDING."""
+    new = pd.read_csv(io.StringIO(frame.to_csv(index=False)))
+    try:
+        old = pd.read_csv(file)
+        pd.testing.assert_frame_equal(new, old, check_dtype=False, rtol=ROUNDING, atol=ROUNDING)
+    except (AssertionError, ValueError):  # ValueError: it is no table
+        return False
+    return True
 
 
-def save_table(p: Params, name: str, table: pd.DataFrame, caption: str):
+def save_table(p: "Params", name: str, table: pd.DataFrame, caption: str):
     """Save a table of the paper (CSV, and a picture of it as PDF and PNG) and return it styled for the notebook.
 
     `name` is one that `tables.layout` knows, such as table1 or claims. Our value
@@ -158,7 +171,7 @@ def _picture(cells: pd.DataFrame, best: pd.DataFrame, caption: str) -> Figure:
     return figure
 
 
-def images(p: Params, x, titles: list[str], columns: int = 8) -> Figure:
+def images(p: "Params", x, titles: list[str], columns: int = 8) -> Figure:
     """Images `x` (N, channels, height, width) in pixels, with a title each."""
     pixels = data.to_pixels(p, x)
     columns = min(columns, len(pixels))
@@ -197,7 +210,7 @@ def curves(histories: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
-def heat_map(p: Params, frame: pd.DataFrame, details: dict, confidences: pd.DataFrame) -> Figure:
+def heat_map(p: "Params", frame: pd.DataFrame, details: dict, confidences: pd.DataFrame) -> Figure:
     """Fig. 1: the difference in confidence of SD and of FD from the teacher around an image, and what is at x₁, x₂.
 
     `frame` and `details` come from `experiment.heat_map`; `confidences` has a row per (point, network, class). Where a
@@ -248,7 +261,7 @@ def heat_map(p: Params, frame: pd.DataFrame, details: dict, confidences: pd.Data
 _POINTS = {"x": "$x$", "x1": "$x_1$", "x2": "$x_2$"}
 
 
-def _mark_points(p: Params, axes, details: dict, confidences: pd.DataFrame) -> None:
+def _mark_points(p: "Params", axes, details: dict, confidences: pd.DataFrame) -> None:
     """On a map of fig. 1: x, x₁ and x₂, each with the class that the student predicts there."""
     classes = data.CLASSES[p.data.name]
     for name, (u, v) in details["where"].items():
@@ -262,7 +275,7 @@ def _mark_points(p: Params, axes, details: dict, confidences: pd.DataFrame) -> N
         )  # fmt: skip
 
 
-def _confidence_bars(p: Params, panel, details: dict, confidences: pd.DataFrame) -> None:
+def _confidence_bars(p: "Params", panel, details: dict, confidences: pd.DataFrame) -> None:
     """Under fig. 1: the images x, x₁, x₂, each beside the confidences of teacher, SD and FD; numbers at the highest."""
     grid = panel.subplots(1, 6, width_ratios=(1, 1.3) * 3)
     classes = data.CLASSES[p.data.name]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import data, evaluation, losses, models, training, workers
+from faithkd import data, evaluation, losses, models, recipes, training, workers
 from faithkd.bounds import (
     ALONE,
     CERTIFIED,
@@ -36,10 +36,6 @@ from faithkd.report import figure1, ledger
 from faithkd.report.paper import STUDENTS
 from faithkd.reproduce import artefacts
 from faithkd.reproduce.params import Params, Ratio, changed, leaves, plain
-
-# Raise this number when a change to attacks, bounds or evaluation alters what is measured: it is part of the inputs of
-# every measurement, as training.RECIPE is of every network. tests/test_recipes.py notices the need.
-RECIPE = 1
 
 # Images bounded in one piece of work: few enough to lose little when a run is stopped and to keep all cores busy to
 # the end, enough to be worth sending. Slow methods, which take about a second for an image, have smaller pieces.
@@ -218,7 +214,7 @@ def network_inputs(p: Params, method: str, guide: nn.Module | None, rule: losses
     unused = {"RT", *METHODS} | ({"kl"} if guide is None else set())
     own = rule not in (METHODS.get(method), training.ADVERSARIAL)
     return {
-        "recipe": training.RECIPE,
+        "recipe": recipes.TRAINING,
         "method": method,
         "loss": _written(rule) if own else rule.title,
         "seed": p.seed,
@@ -537,7 +533,7 @@ def _piece(p: Params, kind: str, build: Callable, nets: tuple, images: Split, ep
     chosen, usual = _settings(kind, p), _settings(kind, plain(p))
     pixels = images.x.contiguous().numpy().tobytes() + images.y.contiguous().numpy().tobytes()
     inputs = {
-        "recipe": RECIPE,
+        "recipe": recipes.MEASURING,
         "networks": [fingerprint(network) for network in nets],
         "images": hashlib.sha256(pixels).hexdigest()[:16],
         "eps": float(eps),
@@ -593,7 +589,7 @@ def _contents(p: Params, pieces: list[Piece], description: str) -> list:
         with artefacts.alone("measuring", "measuring on all cores"):
             found |= {key: wanted[key].load(mend=True) for key, content in found.items() if content is None}
             missing = [key for key, content in found.items() if content is None]
-            calls = [partial(_make, RECIPE, wanted[key].make) for key in missing]
+            calls = [partial(_make, recipes.MEASURING, wanted[key].make) for key in missing]
             long = p.models.teacher.kind == "convolutional"
             bar = {"desc": f"{p.profile}: {description}", "unit": "piece", "leave": False}
             with tqdm(total=len(found), initial=len(found) - len(missing), **bar) as bar:
@@ -605,7 +601,7 @@ def _contents(p: Params, pieces: list[Piece], description: str) -> list:
 
 def _make(recipe: int, make: Callable[[], object]):
     """A piece's content; refused where a worker has another version of the package than this process."""
-    if recipe != RECIPE:
+    if recipe != recipes.MEASURING:
         raise FaithkdError("a worker has another version of faithkd than this process: start the cluster anew")
     return make()
 

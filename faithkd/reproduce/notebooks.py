@@ -6,7 +6,6 @@ belong to the present code, and hold nothing that differs from machine to machin
 
 import ast
 import difflib
-import functools
 import hashlib
 import json
 import os
@@ -14,26 +13,18 @@ import re
 from functools import partial
 from pathlib import Path
 
-from faithkd import parallel, paths
-from faithkd.errors import FaithkdError
-from faithkd.source import structure
+from faithkd import paths, recipes, workers
+from faithkd.errors import NotebookError
 
 PROFILE = "digits"  # what the committed notebooks are executed on
-QUICK = "smoke"  # its figures are made everywhere and committed nowhere
 AT_ONCE = 4  # notebooks, each of which takes up to 2 GB
 SIZE_LIMIT = 1_500_000  # bytes; beyond it a repository's web page no longer shows a notebook well
-# modules of the package that no notebook's output depends on
-TOOLS = {"cli.py", "notebooks.py", "source.py", "teaching.py"}
 KERNEL = {  # for every execution; the level, because a kernel reports to the terminal also when we stop it
     "kernel_name": "python3",
     "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],
 }
 LOCAL_PATH = re.compile(r"(?<![\w.:/<-])/(?:home|Users|root|tmp|private|mnt|opt|var|usr)/|\b[A-Z]:\\Users")
 STYLER_ID = re.compile(r"\bT_([0-9a-f]{5})(?![0-9A-Za-z])")  # random, one for each styled table of pandas
-
-
-class NotebookError(FaithkdError):
-    """A notebook that is missing, unknown or cannot be executed."""
 
 
 def listing() -> list[Path]:
@@ -81,23 +72,27 @@ def title(path: Path) -> str:
 
 
 def stamp(path: Path, p) -> str:
-    """What a notebook's outputs depend on, as 16 hex digits: its code, the package's code, the parameters."""
+    """What a committed notebook's outputs depend on, as 16 hex digits: its code, the parameters, the recipes' numbers.
+
+    What else of the package they show is compared in `make test`, which executes the notebooks again.
+    """
+    return _digest([_code(path), p.model_dump(mode="json"), recipes.TRAINING, recipes.MEASURING])
+
+
+def run_key(path: Path, p) -> str:
+    """As `stamp`, for the notebooks that `faithkd run` executes: an edit anywhere in the package runs them again."""
+    package = Path(__file__).parents[1]
+    files = {file.relative_to(package).as_posix(): file.read_text("utf-8") for file in package.rglob("*.py")}
+    return _digest([stamp(path, p), files])
+
+
+def _code(path: Path) -> list[str]:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = [_normal_source("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
-    parts = [code, code_digest(Path(__file__).parent), p.model_dump(mode="json")]
+    return [_normal_source("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+
+
+def _digest(parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@functools.cache  # a run asks once for every notebook
-def code_digest(folder: Path) -> str:
-    """Hash of the package's code without comments, docstrings and layout, the same in all Python versions."""
-    modules = sorted(path for path in folder.rglob("*.py") if path.name not in TOOLS)
-    try:
-        trees = [structure(ast.parse(path.read_bytes(), path)) for path in modules]
-    except SyntaxError as error:
-        raise NotebookError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
-    names = [path.relative_to(folder).as_posix() for path in modules]
-    return hashlib.sha256(json.dumps([names, trees]).encode()).hexdigest()
 
 
 # --- checks without execution
@@ -178,17 +173,13 @@ def _texts(output: dict) -> list[str]:
 def refresh(names: list[str], report=print) -> None:
     """Execute the committed notebooks called `names` (none: all) on digits and write them back normalised."""
     chosen = pick(names)
-    for place, _ in parallel.run([partial(_refresh, path) for path in chosen], at_once(), sample=0.0, here=True):
+    for place, _ in workers.run([partial(_refresh, path) for path in chosen], at_once(), sample=0.0, here=True):
         report(f"executed {chosen[place].stem}")
-    for name, renew in (("README.md", readme), ("PAPER.md", paper_page)):
-        page = paths.ROOT / name
-        if page.is_file():
-            page.write_text(renew(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def at_once() -> int:
     """How many notebooks are executed at a time: while one computes on all cores, others start, or draw on one."""
-    return min(parallel.jobs(), AT_ONCE)
+    return min(workers.jobs(), AT_ONCE)
 
 
 def _refresh(path: Path) -> None:
@@ -196,7 +187,7 @@ def _refresh(path: Path) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    from faithkd import params
+    from faithkd.reproduce import params
 
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's python3, not another of the user's
     os.environ.pop("MPLBACKEND", None)  # a user's own choice would leave the notebooks without pictures
@@ -206,10 +197,8 @@ def _refresh(path: Path) -> None:
         NotebookClient(notebook, **KERNEL, timeout=None, resources=folder).execute()
     except (CellExecutionError, DeadKernelError) as error:
         raise NotebookError(f"{path.name} was left as it was, because it failed:\n{error}") from None
-    text = nbformat.writes(normalise(notebook, path.stem, stamp(path, params.load(PROFILE)))) + "\n"
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    made = normalise(notebook, path.stem, stamp(path, params.load(PROFILE)))
+    paths.write(path, nbformat.writes(made) + "\n")
 
 
 def normalise(notebook, stem: str, stamp: str):
@@ -270,208 +259,3 @@ def _normal_text(text: str) -> str:
         shown = [piece for piece in line.split("\r") if piece.strip()] or [""]
         lines.append(shown[-1].rstrip())
     return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", "\n".join(lines))
-
-
-# --- the generated parts of README.md and PAPER.md
-
-
-def readme(text: str) -> str:
-    """README.md with its tables of notebooks and of profiles made anew from the notebooks and the committed figures."""
-    for name, rows in (("notebooks", _contents()), ("numbers", _expectations())):
-        block = re.compile(rf"(<!-- {name}: [^\n]*-->\n\|[^\n]*\n\|[^\n]*\n)(?:\|[^\n]*\n)*(?=<!-- end of {name} -->)")
-        text, found = block.subn(lambda match, rows=rows: match[1] + "".join(rows), text)
-        if found != 1:
-            raise NotebookError(f"README.md must hold one block `<!-- {name}: … -->` with a table's two head lines")
-    return _renewed("README.md", text, "bounds", _measured())
-
-
-def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
-    """The page's text with what stands between the comments of its block `name` replaced."""
-    block = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
-    text, found = block.subn(lambda match: match[1] + "".join(f"{line}\n" for line in lines), text)
-    if found != 1:
-        raise NotebookError(f"{page} must hold one block `<!-- {name}: … -->` up to `<!-- end of {name} -->`")
-    return text
-
-
-def _measured() -> list[str]:
-    """What the benchmarks found on MNIST: bounds and cost, tightness over time, aims, attacks, training; see there."""
-    folder = paths.ROOT / "benchmarks" / "results"
-    if not (folder / "bounds-mnist.md").is_file():
-        return []
-    bounds, aims = ((folder / f"{name}-mnist.md").read_text(encoding="utf-8").strip() for name in ("bounds", "aims"))
-    pictures = {
-        "frontier": "Share of the gap closed over seconds an image, a panel for each radius",
-        "scaling": "Seconds an image by number of images, radius, width and depth",
-    }
-    shown = [f"![{what}](benchmarks/results/{name}-mnist.png)\n" for name, what in pictures.items()]
-    folded = {"What we had set out to reach": aims}
-    for name, title in (("attacks", "PGD beside other libraries'"), ("training", "Seconds of training")):
-        if (page := folder / f"{name}-mnist.md").is_file():
-            folded[title] = page.read_text(encoding="utf-8").strip()
-    details = [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in folded.items()]
-    return [f"{bounds}\n", *shown, *details]
-
-
-def _contents() -> list[str]:
-    """A row for each notebook: number, title and link, and what its own first table says one gets."""
-    rows = []
-    for path in listing():
-        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-        head = re.search(r"^# (\d+) · (.+)$", first, re.MULTILINE)
-        gets = re.search(r"^\|---\|---\|---\|\n\|[^|]*\|([^|]*)\|", first, re.MULTILINE)
-        if not (head and gets):
-            raise NotebookError(f"{path.name} must begin with «# NN · title» and a table you need | you get | time")
-        rows.append(f"| {head[1]} | [{head[2]}](notebooks/{path.name}) | {gets[1].strip()} |\n")
-    return rows
-
-
-def _expectations() -> list[str]:
-    """A row for each profile whose figures are committed: data, time it took, FD's bounds in the middle of Table 2."""
-    import csv
-
-    rows = []
-    for source in sorted((paths.ROOT / "figures").glob("*/provenance.json")):
-        made = json.loads(source.read_text(encoding="utf-8"))
-        whole = source.with_name("table2.csv").is_file()  # else a run of some notebooks
-        if made["overrides"] or made["profile"] == QUICK or not whole:
-            continue
-        with open(source.with_name("table2.csv"), encoding="utf-8", newline="") as file:
-            table = [row for row in csv.DictReader(file) if row["method"] == "FD"]
-        radii = list(dict.fromkeys(row["eps"] for row in table))
-        eps = radii[len(radii) // 2]
-        mean = {row["bound"]: float(row["mean"]) for row in table if row["eps"] == eps}
-        minutes = sum(made["seconds"].values()) / 60
-        rows.append(
-            f"| `{made['profile']}` | {made['params']['data']['name']} | {minutes:.0f} min | "
-            f"FD at ε = {eps}: mean EmpLB {mean['EmpLB']:.3f}, mean FaithUB {mean['FaithUB']:.3f} |\n"
-        )
-    return rows
-
-
-def paper_page(text: str) -> str:
-    """PAPER.md with its blocks `ledger` and `readings` made anew from the committed figures: its claims and numbers
-    beside ours, and what the paper leaves open, filled in other ways."""
-    text = _renewed("PAPER.md", text, "ledger", [*_claims(), "", *_numbers()])
-    return _renewed("PAPER.md", text, "readings", _readings())
-
-
-def _committed(name: str) -> dict:
-    """figures/<profile>/<name>.csv as a DataFrame for every profile that has one, without overrides and but QUICK."""
-    import pandas as pd
-
-    files = sorted((paths.ROOT / "figures").glob(f"*/{name}.csv"))
-    known = {file.stem for file in (paths.ROOT / "params").glob("*.yaml")} - {QUICK}
-    files = [file for file in files if file.parent.name in known]
-    return {file.parent.name: pd.read_csv(file, dtype={"eps": str}) for file in files}
-
-
-def _claims() -> list[str]:
-    """A row for each claim, a column for each profile: the verdict and at how many radii the claim holds."""
-    found = _committed("claims")
-    texts: dict[str, list[str]] = {}
-    cells = {}
-    for profile, table in found.items():
-        for claim, part in table.groupby("claim"):
-            texts.setdefault(claim, []).append(part["text"].iloc[0])
-            count = f"{(part['holds'] == 'yes').sum()} of {len(part)} ε"
-            cells[claim, profile] = f"{part['verdict'].iloc[0]} ({count})"
-    heads = [
-        f"`{name}`, {_seeds(table)}" + ("" if table["claimed"].all() else ", illustration")
-        for name, table in found.items()
-    ]
-    lines = [_row(["claim", *heads]), "|---" * (len(heads) + 1) + "|"]
-    for claim in sorted(texts):
-        title = f"{claim}: {' / '.join(dict.fromkeys(texts[claim]))}"
-        lines.append(_row([title, *(cells.get((claim, profile), "") for profile in found)]))
-    return lines
-
-
-def _numbers() -> list[str]:
-    """How the cells of each table compare, then the rows that say most, ours ± half the interval [the paper's]."""
-    from faithkd import ledger
-
-    found = _committed("ledger")
-    if not found:
-        return ["No data set of the paper has been run to `figures/` yet, so no number stands beside the paper's here."]
-    lines = [_row(["profile", "cells of", *("cells", *ledger.VERDICTS), "mean difference"]), "|---" * 8 + "|"]
-    for profile, table in found.items():
-        for row in ledger.summary(table).to_dict("records"):
-            off = f"{row['off']:.1f} " + ("points" if row["unit"] == "%" else "%")
-            lines.append(
-                _row(
-                    [
-                        f"`{profile}`",
-                        f"{row['table']}: {row['measure']}",
-                        *(row[n] for n in ("cells", *ledger.VERDICTS)),
-                        off,
-                    ]
-                )
-            )
-    methods = ("RT", "SD", "ARD", "RSLAD", "FD")
-    lines += ["", _row(["profile, seeds", "ours ± 95 % of the mean [paper]", *methods]), "|---" * 7 + "|"]
-    for profile, table in found.items():
-        for title, part in _key_rows(table):
-            values = {row["method"]: _beside(row) for row in part.to_dict("records")}
-            lines.append(
-                _row([f"`{profile}`, {_seeds(table)}", title, *(values.get(method, "–") for method in methods)])
-            )
-    return lines
-
-
-def _key_rows(table):
-    """The clean accuracies, Table 1 at the largest and Table 2 at the middle radius: yield (title, rows)."""
-    radii = list(dict.fromkeys(table[table["table"] == "table2"]["eps"]))
-    wanted = [
-        ("accuracy", "accuracy", "0"),
-        ("table1", "robust accuracy", radii[-1]),
-        ("table1", "agreement", radii[-1]),
-    ]
-    wanted += [("table2", bound, radii[len(radii) // 2]) for bound in ("EmpLB", "FaithUB")]
-    for name, measure, eps in wanted:
-        part = table[(table["table"] == name) & (table["measure"] == measure) & (table["eps"] == eps)]
-        yield f"{measure}{' (%)' if name != 'table2' else ''} at ε = {eps}", part
-
-
-def _readings() -> list[str]:
-    """A table for each data set of the paper: a line for each reading with what says most, and its distances."""
-    from faithkd import ledger, tables
-
-    lines = []
-    for profile, table in _committed("readings").items():
-        off = ledger.distances(table)
-        if len(off) < 2:  # a data set that the paper does not use, or a profile without other readings
-            continue
-        eps = table["eps"].iloc[-1]
-        shown = [("accuracy", "RT", "0")] + [
-            ("robust accuracy", method, eps) for method in ("RT", "SD", "FD") if method in set(table["method"])
-        ]
-        heads = [f"{method}: {measure}" + (f", ε = {e}" if e != "0" else "") for measure, method, e in shown]
-        lines += ["", _row([f"`{profile}`", *heads, *(f"off: {measure}" for measure in off)])]
-        lines.append("|---" * (1 + len(heads) + len(off.columns)) + "|")
-        for reading, distance in off.iterrows():
-            part = table[table["reading"] == reading]
-            cells = []
-            for measure, method, e in shown:
-                at = (part["measure"] == measure) & (part["method"] == method) & (part["eps"] == e)
-                low, high = part["value"][at].min(), part["value"][at].max()
-                cells.append(f"{low:.1f}" if low == high else f"{low:.1f} to {high:.1f}")
-            cells += [f"{value:.{3 if measure in tables.BOUNDS else 1}f}" for measure, value in distance.items()]
-            lines.append(_row([f"`{reading}`" if "=" in reading else f"{reading}, all seeds", *cells]))
-    return lines[1:] or ["No data set of the paper has been run with other readings yet."]
-
-
-def _beside(row: dict) -> str:
-    digits = 1 if row["unit"] == "%" else 3
-    half = (row["high"] - row["low"]) / 2
-    interval = f" ±{half:.{digits}f}" if half == half else ""  # one seed has none
-    return f"{row['ours']:.{digits}f}{interval} [{row['paper']:.{digits}f}]"
-
-
-def _seeds(table) -> str:
-    count = table["seeds"].max()
-    return f"{count} seed{'s' if count != 1 else ''}"
-
-
-def _row(cells) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"

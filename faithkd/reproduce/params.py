@@ -1,6 +1,6 @@
 """Parameters: params/*.yaml read strictly, with overrides, before any other work starts.
 
->>> from faithkd import params
+>>> from faithkd.reproduce import params
 >>> params.load("mnist", ["train.epochs=2"]).train.epochs
 2
 """
@@ -20,7 +20,7 @@ from pydantic_core import core_schema
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from faithkd.errors import FaithkdError
+from faithkd.errors import ParamsError
 from faithkd.paths import ROOT
 
 GROUP_LEAVES = ("evaluate.histograms",)  # mappings that may also be given whole
@@ -31,10 +31,6 @@ IMAGES = {  # name: (training images, test images, shape); digits is one set tha
     "fashion_mnist": (60_000, 10_000, (1, 28, 28)),
     "cifar10": (50_000, 10_000, (3, 32, 32)),
 }
-
-
-class ParamsError(FaithkdError):
-    """A parameter that does not exist or has a bad value: where it stands, what is wrong, what was meant."""
 
 
 class Ratio(float):
@@ -271,6 +267,10 @@ class Params(Group):
         """Where this profile's figures and tables go."""
         return ROOT / "figures" / self.name
 
+    def described(self) -> list[tuple[str, str, str]]:
+        """Every parameter as (name, value, reason): `describe`."""
+        return describe(self)
+
     @model_validator(mode="after")
     def _consistent(self):
         problems = [f"{name}: {what}" for name, what in _contradictions(self)]
@@ -360,21 +360,19 @@ def changed(p: Params, text: str) -> Params:
     return load(p.profile, {**p.overrides, "seed": p.seed, **_parse(text.split()), **none})
 
 
-def describe(p: Params):
-    """Every parameter as a DataFrame of name, value and reason (the comment beside it in the YAML file)."""
-    import pandas as pd
-
+def describe(p: Params) -> list[tuple[str, str, str]]:
+    """Every parameter as (name, value, reason); the reason is the comment beside it in the YAML file."""
     path = _path(p.profile)
-    written = YAML().load(path.read_text(encoding="utf-8"))
-    lines = path.read_text(encoding="utf-8").splitlines()
+    text = path.read_text(encoding="utf-8")
+    written = YAML().load(text)
     was, now = leaves(written), leaves(p.model_dump(exclude={"profile", "overrides"}))
     rows = []
     for name in sorted(now, key=lambda name: list(was).index(name) if name in was else len(was)):
-        reason = _comment(written, lines, name) if name in was else ""
+        reason = _comment(written, text.splitlines(), name) if name in was else ""
         if any(name == key or name.startswith(key + ".") for key in p.overrides):
             reason = f"override (profile: {was.get(name, 'not set')}; {reason})"
         rows.append((name, str(now[name]), reason))
-    return pd.DataFrame(rows, columns=["name", "value", "reason"])
+    return rows
 
 
 def _comment(written, lines, name: str) -> str:

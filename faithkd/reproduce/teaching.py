@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from faithkd import notebooks
 from faithkd.errors import FaithkdError
+from faithkd.reproduce import notebooks
 
 EXERCISES = re.compile(r"^## Exercises\n+(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 SOLUTION = re.compile(r"<details><summary>Solution to (\d+)</summary>\n+(.*?)\n*</details>\n*", re.DOTALL)
