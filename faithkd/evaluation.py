@@ -9,7 +9,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from faithkd import attacks
@@ -272,6 +271,8 @@ def _run_auto_attack(scaled: nn.Module, u: Tensor, y: Tensor, eps: float, versio
     """AutoAttack's points for inputs `u` in [0, 1]; it leaves the random numbers and the debugger of others alone."""
     if version not in ("standard", "plus"):
         raise FaithkdError(f"version must be standard or plus, not {version!r}")
+    from pyautoattack import AutoAttack  # an extra: bounds alone must not need it
+
     suite = AutoAttack(scaled, eps=eps, norm="Linf", version=version, seed=seed, device=u.device)
     with torch.no_grad():
         others = scaled(u[:1]).shape[1] - 1
