@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from faithkd import notebooks, parallel, paths
+from faithkd import errors, notebooks, parallel, paths, records
 from faithkd.errors import FaithkdError
 
 BAR_EVERY = 20.0  # seconds between two states of a progress bar where they cannot overwrite each other
@@ -38,17 +38,19 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", h
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit code 2."""
+    """Run the command line; a user's mistake is one message and exit code 2, a full disk exit code 1."""
     try:
         app()
     except FaithkdError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or error.filename):
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
-        sys.exit(1)
+        remedy = "make room" if full else "correct the folder or its permissions, or name another one"
+        print(f"error: {error.filename or 'while writing'}: {error.strerror}; {remedy}", file=sys.stderr)
+        sys.exit(1 if full else 2)
 
 
 @app.callback(invoke_without_command=True)
@@ -103,7 +105,8 @@ def run(
             (folder / "retrain.id").unlink()
         about = p.figures_dir / "provenance.json"
         if executed or not about.is_file():
-            _write_json(about, _provenance(p, _read_json(folder / "done.json"), _read_json(about)))
+            done, before = _done(folder), records.read(about, records.PROVENANCE, None)
+            records.write(about, records.PROVENANCE, _provenance(p, done, before))
     _say_where(p, folder)
 
 
@@ -199,26 +202,30 @@ def _runs_folder() -> Path:
     return Path(os.environ.get("FAITHKD_RUNS") or paths.ROOT / "runs").absolute()
 
 
-def _is_done(path: Path, p, folder: Path, entry: dict | None, fresh: str | None) -> bool:
+def _done(folder: Path) -> dict[str, records.Executed]:
+    """The notebooks of a run's folder that were executed to their end."""
+    return records.read(folder / "done.json", records.DONE, {})
+
+
+def _is_done(path: Path, p, folder: Path, entry: records.Executed | None, fresh: str | None) -> bool:
     """Whether a notebook ran with the same code and parameters and its files are still as it wrote them."""
-    if entry is None or entry["key"] != notebooks.stamp(path, p) or (fresh and entry["fresh"] != fresh):
+    if entry is None or entry.key != notebooks.stamp(path, p) or (fresh and entry.fresh != fresh):
         return False
     if not (folder / path.name).is_file():
         return False
-    return all(_hash(p.figures_dir / name) == digest for name, digest in entry["files"].items())
+    return all(_hash(p.figures_dir / name) == digest for name, digest in entry.files.items())
 
 
 def _hash(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return hashlib.sha256(path.read_bytes()).hexdigest() if os.path.isfile(path) else None
 
 
-def _expected(p, done: dict) -> dict[str, float]:
+def _expected(p, done: dict[str, records.Executed]) -> dict[str, float]:
     """Seconds that each notebook took before: in these runs, else when the committed figures were made."""
-    for name in (p.name, p.profile):
-        committed = _read_json(p.figures_dir.parent / name / "provenance.json").get("seconds", {})
-        if committed:
-            break
-    return {**committed, **{stem: entry["seconds"] for stem, entry in done.items()}}
+    places = (p.figures_dir.parent / name / "provenance.json" for name in (p.profile, p.name))
+    made = [records.read(place, records.PROVENANCE, None) for place in places]
+    before = next((about.seconds for about in reversed(made) if about and about.seconds), {})
+    return before | {stem: entry.seconds for stem, entry in done.items()}
 
 
 def _remaining(todo: list[str], expected: dict[str, float], took: dict[str, float]) -> float | None:
@@ -234,7 +241,7 @@ def _remaining(todo: list[str], expected: dict[str, float], took: dict[str, floa
 
 
 def _plan(p, chosen: list[Path], folder: Path, fresh: str | None) -> None:
-    done = _read_json(folder / "done.json")
+    done = _done(folder)
     todo = [path for path in chosen if not _is_done(path, p, folder, done.get(path.stem), fresh)]
     for path in chosen:
         print(f"{path.stem:<28} {'would run' if path in todo else 'already there'}")
@@ -248,7 +255,7 @@ def _plan(p, chosen: list[Path], folder: Path, fresh: str | None) -> None:
 
 def _execute_all(p, chosen: list[Path], folder: Path, fresh: str | None) -> int:
     """Execute what is not there yet, several notebooks at a time; returns how many that were."""
-    done = _read_json(folder / "done.json")
+    done = _done(folder)
     todo = [path for path in chosen if not _is_done(path, p, folder, done.get(path.stem), fresh)]
     expected, took, begin, gone = _expected(p, done), {}, time.monotonic(), 0.0
     width = min(notebooks.at_once(), len(todo))
@@ -264,24 +271,25 @@ def _execute_all(p, chosen: list[Path], folder: Path, fresh: str | None) -> int:
     places = {path.stem: f"[{number:>2}/{len(chosen)}] {path.stem:<26}" for number, path in enumerate(chosen, 1)}
     for path in chosen:
         if path not in todo:
-            print(f"{places[path.stem]} already there, {_count(done[path.stem]['files'], 'file')}", flush=True)
+            print(f"{places[path.stem]} already there, {_count(done[path.stem].files, 'file')}", flush=True)
     calls = [partial(_execute, path, p, folder, fresh, alone=width == 1) for path in todo]
     # closed, lest an interrupt in the loop's own lines leave the others running
     with contextlib.closing(parallel.run(calls, width, sample=0.0, here=True)) as finished:
         for number, entry in finished:
             path, before, gone = todo[number], gone, time.monotonic() - begin
-            made = f"{_count(entry['files'], 'file')} in {_clock(entry['seconds'])}"
-            took[path.stem] = entry["seconds"] = round(gone - before, 1)  # as several are executed at a time
+            made = f"{_count(entry.files, 'file')} in {_clock(entry.seconds)}"
+            took[path.stem] = entry.seconds = round(gone - before, 1)  # as several are executed at a time
             done[path.stem] = entry
-            _write_json(folder / "done.json", done)  # at once, so that a kill loses at most the notebooks in work
+            records.write(
+                folder / "done.json", records.DONE, done
+            )  # at once, so that a kill loses at most the notebooks in work
             print(f"{places[path.stem]} {notebooks.title(path)} · {made} · {_clock(gone)} gone{left()}", flush=True)
     return len(todo)
 
 
-def _execute(path: Path, p, folder: Path, fresh: str | None, alone: bool) -> dict:
+def _execute(path: Path, p, folder: Path, fresh: str | None, alone: bool) -> records.Executed:
     """Execute one notebook by papermill; returns its entry for done.json. `alone`: whether it has the terminal."""
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     key, target, written = notebooks.stamp(path, p), folder / path.name, folder / f"{path.stem}.outputs"
     written.unlink(missing_ok=True)
@@ -291,13 +299,12 @@ def _execute(path: Path, p, folder: Path, fresh: str | None, alone: bool) -> dic
             FAITHKD_OUTPUTS=str(written),  # figures.save notes there what it wrote
             FAITHKD_FRESH=fresh,  # the store then takes nothing made outside this retraining
             MPLBACKEND=None,  # a user's own choice would leave the notebooks without pictures
-            JUPYTER_PREFER_ENV_PATH="1",  # this environment's python3, not another of the user's
         ):
             papermill.execute_notebook(
                 path,
                 target,
                 {"profile": p.profile, "overrides": p.overrides},
-                **notebooks.KERNEL,
+                **notebooks.execution(),
                 cwd=path.parent,
                 progress_bar=False,
                 start_timeout=300,
@@ -305,23 +312,21 @@ def _execute(path: Path, p, folder: Path, fresh: str | None, alone: bool) -> dic
             )
     except papermill.PapermillExecutionError as error:
         raise _failed(path, target, error) from None
-    except DeadKernelError:
-        print(f"error: {path.stem}: its kernel died (out of memory?)\n{_resume(target)}", file=sys.stderr)
+    except RuntimeError as error:  # of jupyter: a kernel that does not start, or ends
+        if "Kernel" not in str(error):
+            raise
+        print(f"error: {path.stem}: its kernel died (out of memory?): {error}\n{_resume(target)}", file=sys.stderr)
         raise typer.Exit(1) from None
     lines = written.read_text(encoding="utf-8").splitlines() if written.is_file() else []
     written.unlink(missing_ok=True)
     files = sorted({os.path.relpath(json.loads(line)["path"], p.figures_dir) for line in lines})
-    return {
-        "key": key,
-        "fresh": fresh,
-        "seconds": round(time.monotonic() - start, 1),
-        "files": {Path(name).as_posix(): _hash(p.figures_dir / name) for name in files},
-    }
+    hashes = {Path(name).as_posix(): _hash(p.figures_dir / name) for name in files}
+    return records.Executed(key=key, fresh=fresh, seconds=round(time.monotonic() - start, 1), files=hashes)
 
 
 def _failed(path: Path, target: Path, error) -> Exception:
     """Tell what went wrong in a cell; returns what to raise: exit code 2 for a user's mistake, else 1."""
-    mistake = error.ename in _mistakes()
+    mistake = hasattr(errors, error.ename)
     where = f"{path.stem}, cell [{error.exec_count}]"
     if mistake:
         print(f"error: {error.evalue}\n  in {where}", file=sys.stderr)
@@ -337,17 +342,6 @@ def _resume(target: Path) -> str:
         f"  the notebook as far as it got, with the whole message: {_short(target)}\n"
         "  finished work is kept: once the cause is mended, the same command goes on from here"
     )
-
-
-def _mistakes() -> set[str]:
-    """Names of FaithkdError and all classes derived from it, found without importing the whole package."""
-    sources = [path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("*.py")]
-    heads = [re.findall(r"^class (\w+)\((\w+)", source, re.MULTILINE) for source in sources]
-    classes = [name_and_base for found in heads for name_and_base in found]
-    found = {"FaithkdError"}
-    while derived := {name for name, base in classes if base in found} - found:
-        found |= derived
-    return found
 
 
 class _Relay:
@@ -405,16 +399,15 @@ def _alone(folder: Path):
     """Hold the run folder's lock; a second run of the same profile says so and waits."""
     from filelock import FileLock, Timeout
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FaithkdError(f"cannot write to {folder} ({error.strerror}): set FAITHKD_RUNS to a folder") from None
     lock = FileLock(folder / "lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         print(f"another run of {folder.name} is at work; waiting until it ends", flush=True)
         lock.acquire()
+    except OSError as error:
+        raise FaithkdError(f"cannot write to {folder} ({error.strerror}): set FAITHKD_RUNS to a folder") from None
     try:
         yield
     finally:
@@ -424,7 +417,8 @@ def _alone(folder: Path):
 def _open_retrain(folder: Path) -> str | None:
     """The name of a retraining that was begun and not finished."""
     path = folder / "retrain.id"
-    return path.read_text(encoding="utf-8").strip() or None if path.is_file() else None
+    name = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
+    return name if re.fullmatch(r"[0-9a-f]{12}", name) else None
 
 
 def _start_retrain(folder: Path) -> str:
@@ -441,29 +435,27 @@ def _start_retrain(folder: Path) -> str:
 # --- what a run leaves behind
 
 
-def _provenance(p, done: dict, before: dict) -> dict:
+def _provenance(p, done: dict, before: records.Provenance | None) -> records.Provenance:
     """What made the figures: parameters, versions, machine, seconds that each notebook added to its run.
 
     `before`: what was said of the same figures so far; where the parameters were the same, the notebooks that only an
     earlier run executed, perhaps in another clone, keep their seconds.
     """
     params = p.model_dump(mode="json")
-    earlier = before["seconds"] if before.get("params") == params else {}
-    seconds = earlier | {stem: entry["seconds"] for stem, entry in done.items()}
-    return {
-        "profile": p.profile,
-        "name": p.name,
-        "overrides": p.overrides,
-        "seed": p.seed,
-        "params": params,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")},
-        },
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "commit": _commit(),
-        "seconds": {path.stem: seconds[path.stem] for path in notebooks.listing() if path.stem in seconds},
-    }
+    earlier = before.seconds if before and before.params == params else {}
+    seconds = earlier | {stem: entry.seconds for stem, entry in done.items()}
+    versions = {name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")}
+    return records.Provenance(
+        profile=p.profile,
+        name=p.name,
+        overrides=p.overrides,
+        seed=p.seed,
+        params=params,
+        versions={"python": platform.python_version(), **versions},
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        commit=_commit(),
+        seconds={path.stem: seconds[path.stem] for path in notebooks.listing() if path.stem in seconds},
+    )
 
 
 def _version(package: str) -> str | None:
@@ -491,23 +483,6 @@ def _say_where(p, folder: Path) -> None:
     made = sorted({path.stem for path in p.figures_dir.glob("*") if re.match(r"(fig|table)\d", path.name)})
     print(f"tables and figures: {_short(p.figures_dir)} ({', '.join(made) or 'none'})")
     print(f"executed notebooks: {_short(folder)}")
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:  # written atomically, so somebody edited it: what it said is then simply made again
-        print(f"{_short(path)} cannot be read and is ignored", file=sys.stderr)
-        return {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _short(path: Path) -> str:

@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from faithkd import parallel, paths
-from faithkd.errors import FaithkdError
+from faithkd import parallel, paths, records
+from faithkd.errors import NotebookError
 from faithkd.source import structure
 
 PROFILE = "digits"  # what the committed notebooks are executed on
@@ -23,17 +24,49 @@ QUICK = "smoke"  # its figures are made everywhere and committed nowhere
 AT_ONCE = 4  # notebooks, each of which takes up to 2 GB
 SIZE_LIMIT = 1_500_000  # bytes; beyond it a repository's web page no longer shows a notebook well
 # modules of the package that no notebook's output depends on
-TOOLS = {"cli.py", "notebooks.py", "source.py", "teaching.py"}
-KERNEL = {  # for every execution; the level, because a kernel reports to the terminal also when we stop it
-    "kernel_name": "python3",
-    "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],
+TOOLS = {"cli.py", "notebooks.py", "records.py", "source.py", "teaching.py"}
+COLUMNS = {  # of figures/<profile>/<name>.csv, those that PAPER.md is made from
+    "claims": ["claim", "text", "claimed", "eps", "seeds", "holds", "verdict"],
+    "ledger": ["table", "eps", "measure", "method", "unit", "seeds"]
+    + ["paper", "ours", "low", "high", "difference", "relative", "verdict"],
+    "readings": ["table", "dataset", "eps", "measure", "method", "value", "reading"],
 }
 LOCAL_PATH = re.compile(r"(?<![\w.:/<-])/(?:home|Users|root|tmp|private|mnt|opt|var|usr)/|\b[A-Z]:\\Users")
 STYLER_ID = re.compile(r"\bT_([0-9a-f]{5})(?![0-9A-Za-z])")  # random, one for each styled table of pandas
 
 
-class NotebookError(FaithkdError):
-    """A notebook that is missing, unknown or cannot be executed."""
+def execution() -> dict:
+    """Options of nbclient for every execution: this environment's own kernel, whatever kernels a user has installed."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+
+    class Own(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _no_other(self):
+            return KernelSpecManager(parent=self, kernel_dirs=[])  # what is left is ipykernel's own, by sys.executable
+
+    return {
+        "kernel_name": "python3",
+        "kernel_manager_class": Own,
+        "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],  # else it reports to the terminal when we stop it
+    }
+
+
+@contextmanager
+def _reading(path: Path):
+    """Tell which committed file is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise NotebookError(f"{path} cannot be read ({error}): mend it, or get it anew with git checkout") from None
+
+
+def _cells(path: Path) -> list[dict]:
+    """The cells of a notebook, the source of each as one text."""
+    with _reading(path):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [{**cell, "cell_type": cell["cell_type"], "source": "".join(cell["source"])} for cell in cells]
 
 
 def listing() -> list[Path]:
@@ -70,8 +103,8 @@ def _aliases(path: Path) -> set[str]:
 
 def title(path: Path) -> str:
     """The notebook's first heading."""
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        heading = re.search(r"^#\s+(.+)", "".join(cell["source"]), re.MULTILINE)
+    for cell in _cells(path):
+        heading = re.search(r"^#\s+(.+)", cell["source"], re.MULTILINE)
         if cell["cell_type"] == "markdown" and heading:
             return heading[1].strip()
     return path.stem
@@ -82,8 +115,7 @@ def title(path: Path) -> str:
 
 def stamp(path: Path, p) -> str:
     """What a notebook's outputs depend on, as 16 hex digits: its code, the package's code, the parameters."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    code = [_normal_source("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    code = [_normal_source(cell["source"]) for cell in _cells(path) if cell["cell_type"] == "code"]
     parts = [code, code_digest(Path(__file__).parent), p.model_dump(mode="json")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -105,12 +137,14 @@ def code_digest(folder: Path) -> str:
 
 def check(path: Path, p) -> list[str]:
     """What is wrong with a committed notebook that ran with the parameters `p`, a sentence for each fault."""
-    text = path.read_text(encoding="utf-8")
     try:
-        notebook = json.loads(text)
-        cells = [{**cell, "source": "".join(cell["source"])} for cell in notebook["cells"]]
-    except (ValueError, KeyError, TypeError) as error:
+        return _faults(path, path.read_text(encoding="utf-8"), p)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"is no notebook: {error}"]
+
+
+def _faults(path: Path, text: str, p) -> list[str]:
+    notebook, cells = json.loads(text), _cells(path)
     code = [cell for cell in cells if cell["cell_type"] == "code" and cell["source"].strip()]
     metadata = notebook["metadata"]
     complaints = _check_parameters(cells)
@@ -194,17 +228,17 @@ def at_once() -> int:
 def _refresh(path: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from nbclient.exceptions import CellExecutionError
 
     from faithkd import params
 
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's python3, not another of the user's
     os.environ.pop("MPLBACKEND", None)  # a user's own choice would leave the notebooks without pictures
-    notebook = nbformat.read(path, as_version=4)
+    with _reading(path):
+        notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
     try:
-        NotebookClient(notebook, **KERNEL, timeout=None, resources=folder).execute()
-    except (CellExecutionError, DeadKernelError) as error:
+        NotebookClient(notebook, **execution(), timeout=None, resources=folder).execute()
+    except (CellExecutionError, RuntimeError) as error:  # the second: its kernel died
         raise NotebookError(f"{path.name} was left as it was, because it failed:\n{error}") from None
     text = nbformat.writes(normalise(notebook, path.stem, stamp(path, params.load(PROFILE)))) + "\n"
     unfinished = path.with_suffix(".part")
@@ -317,7 +351,7 @@ def _contents() -> list[str]:
     """A row for each notebook: number, title and link, and what its own first table says one gets."""
     rows = []
     for path in listing():
-        first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        first = _cells(path)[0]["source"]
         head = re.search(r"^# (\d+) · (.+)$", first, re.MULTILINE)
         gets = re.search(r"^\|---\|---\|---\|\n\|[^|]*\|([^|]*)\|", first, re.MULTILINE)
         if not (head and gets):
@@ -332,19 +366,21 @@ def _expectations() -> list[str]:
 
     rows = []
     for source in sorted((paths.ROOT / "figures").glob("*/provenance.json")):
-        made = json.loads(source.read_text(encoding="utf-8"))
-        whole = source.with_name("table2.csv").is_file()  # else a run of some notebooks
-        if made["overrides"] or made["profile"] == QUICK or not whole:
+        with _reading(source):
+            made = records.PROVENANCE.validate_json(source.read_bytes())
+            name = made.params["data"]["name"]
+        numbers = source.with_name("table2.csv")  # not there after a run of some notebooks
+        if made.overrides or made.profile == QUICK or not numbers.is_file():
             continue
-        with open(source.with_name("table2.csv"), encoding="utf-8", newline="") as file:
+        with _reading(numbers), open(numbers, encoding="utf-8", newline="") as file:
             table = [row for row in csv.DictReader(file) if row["method"] == "FD"]
-        radii = list(dict.fromkeys(row["eps"] for row in table))
-        eps = radii[len(radii) // 2]
-        mean = {row["bound"]: float(row["mean"]) for row in table if row["eps"] == eps}
-        minutes = sum(made["seconds"].values()) / 60
+            radii = list(dict.fromkeys(row["eps"] for row in table))
+            eps = radii[len(radii) // 2]
+            mean = {row["bound"]: float(row["mean"]) for row in table if row["eps"] == eps}
+            low, high = mean["EmpLB"], mean["FaithUB"]
         rows.append(
-            f"| `{made['profile']}` | {made['params']['data']['name']} | {minutes:.0f} min | "
-            f"FD at ε = {eps}: mean EmpLB {mean['EmpLB']:.3f}, mean FaithUB {mean['FaithUB']:.3f} |\n"
+            f"| `{made.profile}` | {name} | {sum(made.seconds.values()) / 60:.0f} min | "
+            f"FD at ε = {eps}: mean EmpLB {low:.3f}, mean FaithUB {high:.3f} |\n"
         )
     return rows
 
@@ -362,8 +398,12 @@ def _committed(name: str) -> dict:
 
     files = sorted((paths.ROOT / "figures").glob(f"*/{name}.csv"))
     known = {file.stem for file in (paths.ROOT / "params").glob("*.yaml")} - {QUICK}
-    files = [file for file in files if file.parent.name in known]
-    return {file.parent.name: pd.read_csv(file, dtype={"eps": str}) for file in files}
+    found = {}
+    for file in files:
+        if file.parent.name in known:
+            with _reading(file):
+                found[file.parent.name] = pd.read_csv(file, dtype={"eps": str}, usecols=COLUMNS[name])
+    return found
 
 
 def _claims() -> list[str]:

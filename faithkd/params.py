@@ -19,7 +19,7 @@ from pydantic_core import core_schema
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from faithkd.errors import FaithkdError
+from faithkd.errors import ParamsError
 from faithkd.paths import ROOT
 
 GROUP_LEAVES = ("evaluate.histograms",)  # mappings that may also be given whole
@@ -30,10 +30,6 @@ IMAGES = {  # name: (training images, test images, shape); digits is one set tha
     "fashion_mnist": (60_000, 10_000, (1, 28, 28)),
     "cifar10": (50_000, 10_000, (3, 32, 32)),
 }
-
-
-class ParamsError(FaithkdError):
-    """A parameter that does not exist or has a bad value: where it stands, what is wrong, what was meant."""
 
 
 class Ratio(float):
@@ -78,8 +74,8 @@ Positive = Annotated[Ratio, Field(gt=0)]
 NotNegative = Annotated[Ratio, Field(ge=0)]
 Share = Annotated[Ratio, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Whole = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**63)]  # torch, pandas and JSON readers hold no larger ones
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Counts = Annotated[list[Count], Field(min_length=1)]
 Positives = Annotated[list[Positive], Field(min_length=1)]
 
@@ -297,6 +293,8 @@ def _contradictions(p: Params):
         method = getattr(p.train, name)
         if method.learning_rate_min > method.learning_rate:
             yield f"train.{name}.learning_rate_min", f"must be at most learning_rate ({method.learning_rate})"
+    if p.seed + p.repeats >= 2**63:
+        yield "seed", f"must be less than 2^63 also when repeats ({p.repeats}) raises it"
     increasing = {
         "evaluate.eps": p.evaluate.eps,
         "evaluate.table3.steps": p.evaluate.table3.steps,
@@ -392,7 +390,7 @@ def _yaml(text: str):
 def _read(path: Path) -> dict:
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, a date that is none, 5000 digits
         where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         raise ParamsError(f"{_short(path)}{where}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
@@ -404,13 +402,15 @@ def _parse(overrides) -> dict:
     """Overrides of any form as {dotted name: plain value}."""
     if isinstance(overrides, dict):
         return {str(name): value for name, value in overrides.items()}
+    if not isinstance(overrides, str | list | tuple | None):
+        raise ParamsError(f"overrides are {overrides!r:.60}: give names and values, such as {{'train.epochs': 2}}")
     changes = {}
     for item in [overrides] if overrides and isinstance(overrides, str) else overrides or []:
         name, equals, text = str(item).partition("=")
         name = name.strip()
         try:
             value = _yaml(text)
-        except YAMLError:
+        except (YAMLError, ValueError):
             equals = ""
         if not equals or not name:
             raise ParamsError(f"override {item!r}: write name=value, for example train.epochs=2")

@@ -28,14 +28,13 @@ from platform import python_version
 from types import SimpleNamespace
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from faithkd.errors import FaithkdError
 from faithkd.paths import ROOT
 
 TEXT = ("object", "str", "string")
 NUMBER = re.compile(r"float(16|32|64)|u?int(8|16|32|64)|bool")
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, SafetensorError)
+FORM = 1  # of the entries; a sidecar without a number is of the first form
 
 
 def root() -> Path:
@@ -67,12 +66,12 @@ def network(kind: str, depends: dict, build, make, *, name: str = ""):
         tensors, history = build(progress)
         return _pack(tensors), {"history": history}
 
-    tensors, history = _entry(
-        kind, depends, name, ".safetensors", encode, lambda data, meta: (_unpack(data), meta["history"])
-    )
-    net = make()
-    net.load_state_dict(tensors)
-    return net.eval(), pd.DataFrame(history)
+    def decode(payload: bytes, sidecar: dict):
+        net = make()
+        net.load_state_dict(_unpack(payload))
+        return net.eval(), pd.DataFrame(sidecar["history"])
+
+    return _entry(kind, depends, name, ".safetensors", encode, decode)
 
 
 def arrays(kind: str, depends: dict, build, *, name: str = ""):
@@ -117,6 +116,7 @@ def _entry(kind: str, depends: dict, name: str, suffix: str, encode, decode):
         payload, items = encode(root() / kind / f"{number}{run}.checkpoint")
         versions = {package: _version(package) for package in ("torch", "faithkd")}
         sidecar = {
+            "form": FORM,
             "kind": kind,
             "depends": depends,
             "sha256": hashlib.sha256(payload).hexdigest(),
@@ -140,13 +140,20 @@ def _find(kind: str, number: str, suffix: str, decode, report=None):
     for place in places:
         try:
             sidecar = json.loads(place.read_bytes())
+            if sidecar.get("form", 1) != FORM:
+                raise FaithkdError(
+                    f"{place} is of form {sidecar['form']} of the store, made by another version of faithkd; this one "
+                    f"works with form {FORM}: it is left alone; set FAITHKD_STORE to another folder, or move it away"
+                )
             if fresh and sidecar.get("fresh") != fresh:
                 continue
             payload = place.with_suffix(suffix).read_bytes()
             if hashlib.sha256(payload).hexdigest() != sidecar["sha256"]:
                 raise ValueError("its checksum is wrong")
             return decode(payload, sidecar)
-        except UNREADABLE as error:
+        except FaithkdError:
+            raise
+        except Exception as error:  # whatever damage makes of JSON, CSV and safetensors
             if report:
                 report(place, suffix, error)
     return None
@@ -321,7 +328,7 @@ def _load_checkpoint(path: Path) -> tuple[dict, dict] | None:
         if hashlib.sha256(_pack(tensors) + header["meta"].encode()).hexdigest() != header["sha256"]:
             raise ValueError("its checksum is wrong")
         return tensors, json.loads(header["meta"])
-    except UNREADABLE as error:
+    except Exception as error:  # as in `_find`
         _warn(f"{path} is damaged ({error}); it is kept as {path.name}.damaged and the work starts anew")
         with _writing(path.parent):
             os.replace(path, f"{path}.damaged")
