@@ -407,13 +407,13 @@ def _parse(overrides) -> dict:
     changes = {}
     for item in [overrides] if overrides and isinstance(overrides, str) else overrides or []:
         name, equals, text = str(item).partition("=")
-        name = name.strip()
+        name, problem = name.strip(), "" if equals else " (it has no =)"
         try:
             value = _yaml(text)
-        except (YAMLError, ValueError):
-            equals = ""
-        if not equals or not name:
-            raise ParamsError(f"override {item!r}: write name=value, for example train.epochs=2")
+        except (YAMLError, ValueError) as error:
+            problem = f" ({getattr(error, 'problem', None) or error})"
+        if problem or not name:
+            raise ParamsError(f"override {item!r:.60}: write name=value, for example train.epochs=2{problem}")
         if repr(changes.setdefault(name, value)) != repr(value):
             raise ParamsError(f"override {item!r}: {name} is already set to {changes[name]!r}; give it once")
     return changes
@@ -467,7 +467,7 @@ def _explain(error: ValidationError, path: Path, raw: dict, changes: dict) -> st
             continue
         name = _dotted(e)
         setter = next((key for key in changes if re.match(re.escape(key) + r"(?![^.\[])", name)), None)
-        where = _short(path) if setter is None else f"override {setter}={changes[setter]}"
+        where = _short(path) if setter is None else f"override {setter}={changes[setter]!s:.60}"
         lines.append(f"{where}: {name}: {_what(e, name, missing)}")
     return "\n".join(dict.fromkeys(lines))
 

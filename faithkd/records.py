@@ -58,7 +58,7 @@ def read(path: Path, form: TypeAdapter, otherwise):
 
 @cache
 def _say_ignored(path: Path) -> None:
-    print(f"{path} is damaged or of another version, and is ignored", file=sys.stderr)
+    print(f"{path} is damaged or of another version; it is ignored and made again", file=sys.stderr)
 
 
 def write(path: Path, form: TypeAdapter, content) -> None:
