@@ -1,6 +1,10 @@
 """MNIST, Fashion-MNIST, CIFAR-10 and scikit-learn's digits as tensors in the networks' own input space."""
 
+import gzip
+import math
 import os
+import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +14,7 @@ import numpy as np
 import torch
 
 from faithkd.errors import FaithkdError
+from faithkd.images import IMAGES
 from faithkd.paths import ROOT
 
 if TYPE_CHECKING:
@@ -21,7 +26,8 @@ CLASSES = {
     "fashion_mnist": ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"],
     "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
 }
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {name: shape for name, (_, _, shape) in IMAGES.items()}
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}  # its classes
 
 # Test images of CIFAR-10 that are only approximate in the array file `cifar10.npz` (see its README). They are left
 # out whichever source is used, so that one seed draws one and the same subset everywhere.
@@ -122,15 +128,12 @@ def _raw(name: str, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw pixels (N, channels, height, width) as uint8 and labels (N,), in the original order."""
     if name == "digits":
         return _digits(train)
-    if name == "cifar10" and (file := _cifar_array_file()):
-        part = "train" if train else "test"
-        with np.load(file, allow_pickle=False) as arrays:
-            pixels, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
-    dataset = _torchvision(name, train)
-    pixels = torch.as_tensor(dataset.data)
-    pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-    return pixels, torch.as_tensor(dataset.targets).long()
+    files = _find(name, train) or _download(name, train)
+    count, (channels, *size) = IMAGES[name][0 if train else 1], SHAPES[name]
+    forms = [((count, *size) if channels == 1 else (count, *size, channels), 255), ((count,), 9)]
+    pixels, labels = (_whole_numbers(*what, *form) for what, form in zip(_arrays(files, train), forms, strict=True))
+    pixels = pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
+    return pixels, labels.long()
 
 
 def _digits(train: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,32 +149,115 @@ def _digits(train: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def _folders() -> list[Path]:
     """Where data sets are looked for: $FAITHKD_DATA first, then the repository's own `data/`."""
     given = os.environ.get("FAITHKD_DATA")
-    if given and not Path(given).is_dir():
-        raise FaithkdError(f"FAITHKD_DATA is {given!r}, which is not a folder; correct it or unset it to download")
-    return [*([Path(given)] if given else []), ROOT / "data"]
+    folder = Path(given).expanduser() if given else None
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)):
+        raise FaithkdError(
+            f"FAITHKD_DATA is {given!r}, which is not a folder that can be read; correct it or unset it to download"
+        )
+    return [*([folder] if folder else []), ROOT / "data"]
 
 
-def _cifar_array_file() -> Path | None:
-    return next((folder / "cifar10.npz" for folder in _folders() if (folder / "cifar10.npz").is_file()), None)
+def _find(name: str, train: bool) -> list[Path] | None:
+    """The files of a data set in the first folder that has it.
+
+    What only begins to be there is returned too where the user named the folder, so that what is missing is told;
+    in the repository's own it is a download that was stopped, and None, as where there is nothing.
+    """
+    if name == "cifar10":
+        sources = [["cifar10.npz"], ["cifar-10-batches-py"]]
+    else:
+        part = "train" if train else "t10k"
+        sources = [[f"{TORCHVISION[name]}/raw/{part}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")]]
+    for folder in _folders():
+        for source in sources:
+            files = [folder / file for file in source]
+            begun = folder != ROOT / "data" and os.path.lexists(folder / Path(source[0]).parts[0])
+            if begun or all(os.path.lexists(file) for file in files):
+                return files
+    return None
 
 
-def _torchvision(name: str, train: bool):
-    """torchvision's data set from the first folder that holds it, else downloaded into the repository's `data/`."""
+def _download(name: str, train: bool) -> list[Path]:
+    """The files of a data set after torchvision has downloaded it into the repository's `data/`."""
     from torchvision import datasets
 
-    kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
-    for folder in _folders():
-        try:
-            return kind(root=folder, train=train, download=False)
-        except RuntimeError:  # torchvision's word for «not here»
-            continue
+    kind = TORCHVISION[name]
     try:
-        return kind(root=ROOT / "data", train=train, download=True)
-    except (RuntimeError, OSError) as error:
+        getattr(datasets, kind)(root=ROOT / "data", train=train, download=True)
+        return _find(name, train)
+    except Exception as error:  # networks, disks, archives: torchvision lets a dozen kinds of error through
         looked = " and ".join(str(folder) for folder in _folders())
         raise FaithkdError(
-            f"the data set {kind.__name__} is not in {looked}, and downloading it failed ({error}). "
+            f"the data set {kind} is not in {looked}, and downloading it failed "
+            f"({str(error) or type(error).__name__}). "
             "Connect to the internet and try again, or set FAITHKD_DATA to a folder that holds it "
             f"(torchvision's layout{', or cifar10.npz' if name == 'cifar10' else ''}). "
             "The profiles digits and smoke need no download."
         ) from None
+
+
+@contextmanager
+def _reading(file: Path):
+    """Tell which file cannot be used, why, and what to do."""
+    try:
+        yield
+    except Exception as error:  # numpy, zipfile, lzma, torchvision: each has its own kinds of error
+        what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if file.is_symlink() and not file.exists():
+            what = f"it is a link to {os.readlink(file)}, where nothing is"
+        own = file.is_relative_to(ROOT / "data")
+        remedy = (
+            "delete it to download it again" if own else "put a sound copy there, or unset FAITHKD_DATA to download"
+        )
+        raise FaithkdError(f"{file} cannot be used: {what}; {remedy}") from None
+
+
+def _arrays(files: list[Path], train: bool):
+    """Yield (file, name of the array in it, array) of the images, then of the labels, with whatever they hold."""
+    if len(files) == 2:
+        for file in files:
+            with _reading(file):
+                yield file, "", _idx(file)
+    elif files[0].suffix == ".npz":
+        part = "train" if train else "test"
+        for name in (f"x_{part}: ", f"y_{part}: "):
+            with _reading(files[0]), open(files[0], "rb") as stream:
+                if not zipfile.is_zipfile(stream):
+                    raise ValueError("it is no .npz archive, or only its beginning")
+                with np.load(stream, allow_pickle=False) as arrays:
+                    array = np.asarray(arrays[name.removesuffix(": ")])
+            yield files[0], name, array
+    else:
+        from torchvision import datasets
+
+        with _reading(files[0]):
+            found = datasets.CIFAR10(root=files[0].parent, train=train, download=False)
+        yield files[0], "", found.data
+        yield files[0], "", np.asarray(found.targets)
+
+
+def _idx(file: Path) -> np.ndarray:
+    """The array in a file of MNIST's format, gzipped or not: 0, 0, 8 (bytes), number of dimensions, sizes, bytes."""
+    compressed = file.with_name(f"{file.name}.gz")
+    data = (compressed if compressed.exists() and not os.path.lexists(file) else file).read_bytes()
+    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    if data[:4] not in (b"\0\0\x08\x01", b"\0\0\x08\x03"):
+        raise ValueError(f"it begins with {data[:8]!r}, not as a file of MNIST's format" if data else "it is empty")
+    start = 4 + 4 * data[3]
+    shape = np.frombuffer(data[4:start], ">u4").tolist()
+    values = np.frombuffer(bytearray(data[start:]), np.uint8)
+    if values.size != math.prod(shape):
+        raise ValueError(f"it says that it holds {' x '.join(map(str, shape))} bytes, but has {values.size}")
+    return values.reshape(shape)
+
+
+def _whole_numbers(file: Path, name: str, array: np.ndarray, shape: tuple, top: int) -> torch.Tensor:
+    """The array as uint8 if it has that shape and holds whole numbers from 0 to `top`."""
+    with _reading(file):
+        if array.shape != shape:
+            raise ValueError(f"{name}the array in it has the shape {array.shape}, not {shape}")
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"{name}the array in it holds {array.dtype}, not whole numbers")
+        if array.min() < 0 or array.max() > top:
+            raise ValueError(f"{name}the array in it holds {array.min()} to {array.max()}, not 0 to {top}")
+        return torch.from_numpy(array.astype(np.uint8, copy=False))

@@ -1,4 +1,4 @@
-"""The one kind of error a user sees: what is wrong, where, and what to do next."""
+"""The kinds of error that a user sees: what is wrong, where, and what to do next. All of them are in this file."""
 
 
 class FaithkdError(ValueError):
@@ -10,4 +10,4 @@ class ParamsError(FaithkdError):
 
 
 class NotebookError(FaithkdError):
-    """A notebook that is missing, unknown or cannot be executed."""
+    """A notebook that is missing, unknown, damaged or cannot be executed."""

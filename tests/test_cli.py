@@ -13,7 +13,7 @@ import time
 import nbformat
 import pytest
 
-from faithkd import cli
+from faithkd import cli, paths, records
 
 SAVE = """
 import json, os
@@ -58,41 +58,100 @@ def done(home, name="digits") -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """`faithkd ...` in this process and the real repository, with runs of its own; returns what it printed."""
+    for name, value in {"RUNS": str(tmp_path / "runs"), "JOBS": "1", "CLUSTER": ""}.items():
+        monkeypatch.setenv(f"FAITHKD_{name}", value)
+
+    def call(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["faithkd", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = "".join(capsys.readouterr())
+        assert ended.value.code == code, printed
+        return printed
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--profile", "mnst"], "did you mean mnist"),
-        (["--set", "train.epoch=2"], "did you mean train.epochs"),
-        (["--set", "train.epochs=two"], "train.epochs"),
-        (["--only", "01-frist"], "did you mean 01-first"),
-        (["--only", "77"], "there are 01-first"),
-        (["--jobs", "many"], "whole number"),
-        (["--cluster", "nowhere"], "tcp://127.0.0.1:8786"),
-        (["--jobs", "2", "--cluster", "tcp://127.0.0.1:8786"], "give one"),
+        (["run", "--profile", "mnst"], "did you mean mnist"),
+        (["run", "--set", "train.epoch=2"], "did you mean train.epochs"),
+        (["run", "--set", "train.epochs=two"], "train.epochs: must be a whole number"),
+        (["run", "--set", f"seed={2**64}"], "seed: must be less than 9223372036854775808"),
+        (["run", "--only", "01-motivatoin"], "did you mean 01-motivation"),
+        (["run", "--only", "resnet"], "there are 00-quickstart"),
+        (["run", "--jobs", "many"], "whole number"),
+        (["run", "--jobs", "1.5"], "whole number"),
+        (["run", "--cluster", "nowhere"], "tcp://127.0.0.1:8786"),
+        (["run", "--jobs", "2", "--cluster", "tcp://127.0.0.1:8786"], "give one"),
+        (["run", "--dryrun"], "--dry-run"),
+        (["rnu"], "Did you mean 'run'"),
+        (["train", "--profile", "smoke", "--jobs", "0"], "whole number"),
+        (["params", "mnst"], "did you mean mnist"),
+        (["notebooks", "chek"], "there are `check` and `refresh`"),
+        (["handout", os.devnull, "00"], f"error: {os.devnull}: File exists; correct the folder"),
+        (["handout", os.devnull + "/x", "00"], "Not a directory; correct the folder"),
     ],
 )
-def test_a_mistake_is_one_message_before_any_kernel_starts(home, arguments, told):
-    home.write("01-first", "1 / 0")
-    printed = home.call("run", *arguments, code=2)
-    assert printed.startswith("error: ") and told in printed and "Traceback" not in printed
-    assert not (home.folder / "runs").exists()
+def test_a_mistake_is_one_message_before_any_kernel_starts(call, tmp_path, arguments, told):
+    printed = call(*arguments, code=2)
+    assert printed.lower().count("error: ") == 1 and told in printed and "Traceback" not in printed
+    assert not (tmp_path / "runs").exists()
 
 
-def test_without_notebooks_it_says_where_to_work(home):
-    assert "clone" in home.call("run", code=2)
+def test_without_notebooks_it_says_where_to_work(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    assert "clone" in call("run", code=2)
+
+
+ENTRY = {"key": "0", "fresh": None, "seconds": 1.0, "files": {"a": None}}
+OTHERS = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"5",
+    b"\xff\xfe{}",
+    b"[" * 10**5,
+    b'{"00-quickstart": {}}',
+    b'{"00-quickstart": 3}',
+]
+OTHERS += [
+    json.dumps({"00-quickstart": ENTRY | other}).encode()
+    for other in ({"key": 1}, {"seconds": "1"}, {"seconds": float("nan")}, {"seconds": -1}, {"files": ["a"]})
+]
+
+
+@pytest.mark.parametrize("text", OTHERS, ids=range(len(OTHERS)))
+def test_records_of_another_form_are_said_once_and_made_again(call, capsys, monkeypatch, tmp_path, text):
+    record = tmp_path / "runs" / "smoke" / "done.json"
+    records.write(record, records.DONE, {"00-quickstart": ENTRY})
+    plan = ("run", "--profile", "smoke", "--only", "00", "--dry-run")
+    assert "ignored" not in call(*plan), "a sound one, of other code"
+    record.write_bytes(text)
+    assert f"{record} is damaged or of another version; it is ignored and made again\n" in call(*plan)
+    (tmp_path / "provenance.json").write_bytes(text)
+    for count in (1, 0):
+        assert records.read(tmp_path / "provenance.json", records.PROVENANCE, "none") == "none"
+        assert capsys.readouterr().err.count("is ignored") == count
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/below", "runs/smoke/done.json", "runs/smoke/lock"])
+def test_folders_of_runs_that_cannot_be_used(call, monkeypatch, tmp_path, place):
+    monkeypatch.setenv("FAITHKD_RUNS", str(tmp_path / ("runs/below" if "below" in place else "runs")))
+    blocked = tmp_path / place.removesuffix("/below")
+    blocked.mkdir(parents=True) if "smoke" in place else blocked.write_text("in the way")
+    assert "FAITHKD_RUNS to a folder" in call("run", "--profile", "smoke", "--only", "00", code=2)
 
 
 def test_help_needs_no_heavy_packages():
     code = "import sys; from faithkd import cli; print({'torch', 'papermill', 'pandas'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
-
-
-def test_dry_run_runs_nothing(home):
-    home.write("01-first", "1 / 0")
-    printed = home.call("run", "--dry-run")
-    assert "01-first" in printed and "would run" in printed
-    assert not (home.folder / "runs").exists() and not (home.folder / "figures").exists()
 
 
 def test_runs_skips_and_remakes(home):
@@ -127,6 +186,12 @@ def test_runs_skips_and_remakes(home):
     assert (figures / "fig1.csv").read_text() == "c"
     assert set(json.loads((figures / "provenance.json").read_text())["seconds"]) == {"00-start", "01-first"}
 
+    (home.folder / "runs" / "digits" / "done.json").write_text("[]")
+    (figures / "provenance.json").write_text("[]")
+    printed = home.call("run", "--only", "1")
+    assert printed.count("is ignored") == 2 and "1 to run" in printed and set(done(home)) == {"01-first"}
+    assert set(json.loads((figures / "provenance.json").read_text())["seconds"]) == {"01-first"}
+
 
 def test_a_run_of_one_notebook_leaves_the_times_of_the_others(home):
     home.write("00-start", "print(profile)")
@@ -145,48 +210,34 @@ def test_a_run_of_one_notebook_leaves_the_times_of_the_others(home):
     assert set(json.loads(about.read_text())["seconds"]) == {"01-first"}
 
 
-def test_only_and_overrides_reach_the_kernel(home):
+def test_what_reaches_the_kernel(home, tmp_path):
+    """Overrides, the number of processes, absolute folders; and it is this environment's, whatever a user has."""
+    spec = {"argv": ["/gone/python", "-f", "{connection_file}"], "display_name": "x", "language": "python"}
+    (tmp_path / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
     home.write("01-first", "1 / 0")
-    home.write("09-milp", SAVE, 'save("table2.csv", f"{p.train.epochs} {p.train.attack.eps}")')
-    home.call("run", "--only", "9", "--set", "train.epochs=2", "--set", "train.attack.eps=8/255")
+    seen = (
+        "f\"{p.train.epochs} {p.train.attack.eps} {os.environ['FAITHKD_JOBS']} {os.environ['FAITHKD_DATA']} {p.seed}\""
+    )
+    home.write("09-milp", SAVE, f'save("table2.csv", {seen})')
+    settings = (
+        "--only",
+        "9",
+        "--set",
+        "train.epochs=2",
+        "--set",
+        "train.attack.eps=8/255",
+        "--set",
+        f"seed={2**63 - 9}",
+    )
+    home.call("run", *settings, "--jobs", "3", FAITHKD_DATA="notebooks", JUPYTER_PATH=str(tmp_path))
     (folder,) = (home.folder / "figures").iterdir()
-    assert folder.name.startswith("digits+") and "train.epochs=2" in folder.name
-    assert (folder / "table2.csv").read_text() == "2 8/255"
-    assert [path.name for path in (home.folder / "runs").iterdir()] == [folder.name]
-
-
-def test_kernels_get_absolute_folders(home):
-    home.write("01-first", 'import os\nassert os.path.isabs(os.environ["FAITHKD_DATA"]), os.environ["FAITHKD_DATA"]')
-    home.call("run", FAITHKD_DATA="notebooks")
-
-
-def test_a_kill_loses_only_the_notebook_in_work(home):
-    home.write("00-quick", "1")
-    home.write("01-slow", WAIT)
-    process = home.start("run")
-    pid_file = home.folder / "notebooks" / "kernel.pid"
-    until(lambda: pid_file.exists() and pid_file.read_text())
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    until(lambda: not lives(int(pid_file.read_text())), 20)
-    assert set(done(home)) == {"00-quick"}
-
-    (home.folder / "notebooks" / "go").touch()
-    printed = home.call("run")
-    assert printed.count("already there") == 1 and set(done(home)) == {"00-quick", "01-slow"}
-
-
-def test_control_c_says_that_nothing_is_lost(home):
-    home.write("00-quick", "1")
-    home.write("01-slow", WAIT)
-    process = home.start("run")
-    pid_file = home.folder / "notebooks" / "kernel.pid"
-    until(lambda: pid_file.exists() and pid_file.read_text())
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "run the same command to go on" in printed
-    assert "Traceback" not in printed
-    until(lambda: not lives(int(pid_file.read_text())), 20)
+    assert folder.name.startswith("digits+") and [path.name for path in (home.folder / "runs").iterdir()] == [
+        folder.name
+    ]
+    assert (folder / "table2.csv").read_text() == f"2 8/255 3 {home.folder / 'notebooks'} {2**63 - 9}"
+    assert "jobs" not in (folder / "provenance.json").read_text().lower()
+    assert "0 of 1" in home.call("run", *settings, "--dry-run", FAITHKD_JOBS="2"), "what is done does not depend on it"
 
 
 def test_several_notebooks_are_executed_at_a_time(home):
@@ -210,16 +261,17 @@ def test_where_one_of_several_notebooks_fails_the_run_ends(home):
     until(lambda: not pid_file.exists() or not lives(int(pid_file.read_text())), 20)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_while_several_are_executed(home, stop):
+@pytest.mark.parametrize(("stop", "jobs"), [(signal.SIGINT, "1"), (signal.SIGKILL, "2")])
+def test_stopped_it_loses_only_the_notebook_in_work(home, stop, jobs):
     home.write("00-quick", "1")
     home.write("01-slow", WAIT)
-    process = home.start("run", FAITHKD_JOBS="2")
+    process = home.start("run", FAITHKD_JOBS=jobs)
     pid_file = home.folder / "notebooks" / "kernel.pid"
     until(lambda: set(done(home)) == {"00-quick"} and pid_file.exists() and pid_file.read_text())
     process.send_signal(stop)
     printed, _ = process.communicate(timeout=120)
-    assert "Traceback" not in printed and ("to go on" in printed) == (stop == signal.SIGINT)
+    assert process.returncode == (130 if stop == signal.SIGINT else -stop) and "Traceback" not in printed
+    assert ("run the same command to go on" in printed) == (stop == signal.SIGINT)
     until(lambda: not lives(int(pid_file.read_text())), 20)
     (home.folder / "notebooks" / "go").touch()
     assert home.call("run").count("already there") == 1
@@ -265,36 +317,20 @@ def test_train_makes_all_networks_once(home):
     assert sorted((home.folder / ".store" / "network").iterdir()) == made
 
 
-def test_jobs_reach_the_kernels_and_nothing_else(home):
-    home.write("01-first", SAVE, 'save("fig1.csv", "a"); open("jobs.txt", "a").write(os.environ["FAITHKD_JOBS"])')
-    provenance = home.folder / "figures" / "digits" / "provenance.json"
-    left = []
-    for jobs in ("3", "1"):
-        home.call("run", "--jobs", jobs)
-        left.append((provenance.read_bytes(), done(home)["01-first"]["key"]))
-        assert "0 of 1" in home.call("run", "--dry-run", FAITHKD_JOBS="2"), "what is done does not depend on it"
-        (home.folder / "figures" / "digits" / "fig1.csv").unlink()
-    assert (home.folder / "notebooks" / "jobs.txt").read_text() == "31"
-    assert left[0][1] == left[1][1] and b"jobs" not in left[0][0].lower()
-
-
-def test_a_failing_cell_is_named_once(home):
-    home.write("01-fails", "x = 1", 'raise ValueError("first line\\nthe end")')
-    printed = home.call("run", code=1)
-    assert "error: 01-fails, cell [4]: ValueError: the end" in printed  # papermill adds one cell, its parameters
-    assert "runs/digits/01-fails.ipynb" in printed and "Traceback" not in printed
-    assert (home.folder / "runs" / "digits" / "01-fails.ipynb").is_file() and not done(home)
-
-
-def test_a_users_mistake_in_a_kernel_shows_its_message_only(home):
-    home.write("01-fails", 'from faithkd.params import ParamsError\nraise ParamsError("choose another eps")')
-    printed = home.call("run", code=2)
-    assert "error: choose another eps\n" in printed and "ParamsError" not in printed
-
-
-def test_a_dead_kernel_is_told(home):
-    home.write("01-dies", "import os\nos._exit(1)")
-    assert "its kernel died" in home.call("run", code=1)
+@pytest.mark.parametrize(
+    ("source", "code", "told"),
+    [
+        # papermill adds one cell, its parameters
+        ('raise ValueError("first line\\nthe end")', 1, "error: 01-fails, cell [4]: ValueError: the end\n"),
+        ('from faithkd.params import ParamsError\nraise ParamsError("another eps")', 2, "error: another eps\n  in 01-"),
+        ("import os\nos._exit(1)", 1, "error: 01-fails: its kernel died"),
+    ],
+)
+def test_a_failing_cell_is_named_once(home, source, code, told):
+    home.write("01-fails", "x = 1", source)
+    printed = home.call("run", code=code)
+    assert told in printed and printed.count("error: ") == 1 and "Traceback" not in printed and not done(home)
+    assert "runs/digits/01-fails.ipynb" in printed and (home.folder / "runs" / "digits" / "01-fails.ipynb").is_file()
 
 
 def test_progress_of_kernels_is_tame_in_a_log():
@@ -315,27 +351,16 @@ def test_remaining_time():
     assert cli._about(None) == "how long is not known yet" and cli._about(600) == "about 10 min left"
 
 
-def test_all_errors_of_the_package_count_as_mistakes():
-    assert {"FaithkdError", "ParamsError", "NotebookError"} <= cli._mistakes()
-
-
-def test_params_are_shown_with_reasons(home):
-    printed = home.call("params", "mnist", "--set", "train.epochs=2")
+def test_params_are_shown_with_reasons(call):
+    printed = call("params", "mnist", "--set", "train.epochs=2")
     assert any(line.split()[:2] == ["train.epochs", "2"] and "override" in line for line in printed.splitlines())
     assert "§A" in printed
 
 
-def test_doctor_and_version(home):
-    printed = home.call("doctor")
-    assert all(f"\n{word} " in f"\n{printed}" for word in ("python", "torch", "highs", "gurobi", "data", "store"))
-    assert "jobs      3 processes" in home.call("doctor", FAITHKD_JOBS="3")
-    assert "whole number" in home.call("doctor", FAITHKD_JOBS="many")
-    assert home.call("--version").startswith("faithkd ")
-
-
-def test_a_corrupt_record_is_made_again(home):
-    home.write("01-first", "1")
-    home.call("run")
-    (home.folder / "runs" / "digits" / "done.json").write_text("{")
-    printed = home.call("run")
-    assert "is ignored" in printed and "1 to run" in printed
+def test_doctor_and_version(call, monkeypatch):
+    for jobs, told in (("3", "jobs      3 processes"), ("many", "whole number")):
+        monkeypatch.setenv("FAITHKD_JOBS", jobs)
+        printed = call("doctor")
+        assert all(f"\n{word} " in f"\n{printed}" for word in ("python", "torch", "highs", "gurobi", "data", "store"))
+        assert told in printed
+    assert call("--version").startswith("faithkd ")

@@ -22,9 +22,9 @@ from typing import Annotated
 
 import typer
 
-from faithkd import paths, workers
+from faithkd import errors, paths, workers
 from faithkd.errors import FaithkdError
-from faithkd.reproduce import notebooks
+from faithkd.reproduce import notebooks, records
 
 app = typer.Typer(
     help="Faithful Knowledge Distillation, executable: run the notebooks, look at the parameters.",
@@ -38,17 +38,19 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", h
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one message and exit code 2."""
+    """Run the command line; a user's mistake is one message and exit code 2, a full disk exit code 1."""
     try:
         app()
     except FaithkdError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or error.filename):
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
-        sys.exit(1)
+        remedy = "make room" if full else "correct the folder or its permissions, or name another one"
+        print(f"error: {error.filename or 'while writing'}: {error.strerror}; {remedy}", file=sys.stderr)
+        sys.exit(1 if full else 2)
 
 
 @app.callback(invoke_without_command=True)
@@ -88,10 +90,12 @@ def run(
     folder = Path(os.environ.get("FAITHKD_RUNS") or paths.ROOT / "runs").absolute() / p.name
     record = folder / ("retrain.json" if retrain else "done.json")
     if dry_run:
-        done = _read_json(record)
+        done = records.read(record, records.DONE, {})
         for path in chosen:
-            print(f"{path.stem:<28} {'already there' if _is_done(path, p, folder, done) else 'would run'}")
-        todo = [path for path in chosen if not _is_done(path, p, folder, done)]
+            print(
+                f"{path.stem:<28} {'already there' if _is_done(path, p, folder, done.get(path.stem)) else 'would run'}"
+            )
+        todo = [path for path in chosen if not _is_done(path, p, folder, done.get(path.stem))]
         print(f"{len(todo)} of {len(chosen)} notebooks would run; tables and figures: {_short(p.figures_dir)}")
         return
     _make_folder(folder)
@@ -104,11 +108,16 @@ def run(
                 _train(p)
             changed = _execute_all(p, chosen, folder, record)
         if retrain:
-            _write_json(folder / "done.json", _read_json(folder / "done.json") | _read_json(record))
+            done = records.read(folder / "done.json", records.DONE, {}) | records.read(record, records.DONE, {})
+            records.write(folder / "done.json", records.DONE, done)
             record.unlink()
         about = p.figures_dir / "provenance.json"
         if changed or not about.is_file():
-            _write_json(about, _provenance(p, _read_json(folder / "done.json"), _read_json(about)))
+            done, before = (
+                records.read(folder / "done.json", records.DONE, {}),
+                records.read(about, records.PROVENANCE, None),
+            )
+            records.write(about, records.PROVENANCE, _provenance(p, done, before))
     made = sorted({path.stem for path in p.figures_dir.glob("*") if re.match(r"(fig|table)\d", path.name)})
     print(f"tables and figures: {_short(p.figures_dir)} ({', '.join(made) or 'none'})")
     print(f"executed notebooks: {_short(folder)}")
@@ -202,26 +211,24 @@ def _share_out(jobs: str | None, cluster: str | None) -> None:
 # --- execution
 
 
-def _is_done(path: Path, p, folder: Path, done: dict) -> bool:
+def _is_done(path: Path, p, folder: Path, entry: records.Executed | None) -> bool:
     """Whether a notebook ran with the same code and parameters and its files are still as it wrote them."""
-    match done.get(path.stem):
-        case {"key": key, "seconds": _, "files": dict(files)} if key == notebooks.run_key(path, p):
-            there = (folder / path.name).is_file()
-            return there and all(_hash(p.figures_dir / name) == digest for name, digest in files.items())
-    return False
+    if entry is None or entry.key != notebooks.run_key(path, p) or not (folder / path.name).is_file():
+        return False
+    return all(_hash(p.figures_dir / name) == digest for name, digest in entry.files.items())
 
 
 def _hash(path: Path) -> str | None:
     """A digest of a table's numbers; of a picture, which is drawn from them, whether it is there."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".csv" else "there"
 
 
 def _execute_all(p, chosen: list[Path], folder: Path, record: Path) -> bool:
     """Execute what is not there yet, several notebooks at a time; whether any file of figures/ changed."""
-    done = _read_json(record)
-    todo = [path for path in chosen if not _is_done(path, p, folder, done)]
+    done = records.read(record, records.DONE, {})
+    todo = [path for path in chosen if not _is_done(path, p, folder, done.get(path.stem))]
     width, begin, changed = min(notebooks.at_once(), len(todo)), time.monotonic(), False
     together = f", {width} at a time" if width > 1 else ""
     print(f"{p.name}: {_count(chosen, 'notebook')}, {len(todo)} to run{together}", flush=True)
@@ -230,27 +237,26 @@ def _execute_all(p, chosen: list[Path], folder: Path, record: Path) -> bool:
     places = {path.stem: f"[{number:>2}/{len(chosen)}] {path.stem:<26}" for number, path in enumerate(chosen, 1)}
     for path in chosen:
         if path not in todo:
-            print(f"{places[path.stem]} already there, {_count(done[path.stem]['files'], 'file')}", flush=True)
+            print(f"{places[path.stem]} already there, {_count(done[path.stem].files, 'file')}", flush=True)
     calls = [partial(_execute, path, p, folder, alone=width == 1) for path in todo]
     # closed, lest an interrupt in the loop's own lines leave the others running
     with contextlib.closing(workers.run(calls, width, sample=0.0, here=True)) as finished:
         for number, (entry, wrote) in finished:
             path, changed = todo[number], changed or wrote
             done[path.stem] = entry
-            _write_json(record, done)  # at once, so that a kill loses at most the notebooks in work
-            made = f"{_count(entry['files'], 'file')} in {_clock(entry['seconds'])}"
+            records.write(record, records.DONE, done)  # at once, so that a kill loses at most the notebooks in work
+            made = f"{_count(entry.files, 'file')} in {_clock(entry.seconds)}"
             gone = _clock(time.monotonic() - begin)
             print(f"{places[path.stem]} {notebooks.title(path)} · {made} · {gone} gone", flush=True)
     return changed
 
 
-def _execute(path: Path, p, folder: Path, alone: bool) -> tuple[dict, bool]:
+def _execute(path: Path, p, folder: Path, alone: bool) -> tuple[records.Executed, bool]:
     """Execute one notebook by papermill: its entry for done.json, and whether it changed a file of figures/.
 
     `alone`: whether what its kernel says goes to the terminal; else it goes to a file beside the executed notebook.
     """
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     key, target, written = notebooks.run_key(path, p), folder / path.name, folder / f"{path.stem}.outputs"
     written.unlink(missing_ok=True)
@@ -258,10 +264,9 @@ def _execute(path: Path, p, folder: Path, alone: bool) -> tuple[dict, bool]:
     environment = {
         "FAITHKD_OUTPUTS": str(written),  # figures.save notes there what it made
         "MPLBACKEND": None,  # a user's own choice would leave the notebooks without pictures
-        "JUPYTER_PREFER_ENV_PATH": "1",  # this environment's python3, not another of the user's
     }
     parameters = {"profile": p.profile, "overrides": p.overrides}
-    options = {"cwd": path.parent, "progress_bar": False, "start_timeout": 300, **notebooks.KERNEL}
+    options = {"cwd": path.parent, "progress_bar": False, "start_timeout": 300, **notebooks.execution()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(**environment))
         said = sys.stderr if alone else stack.enter_context(open(target.with_suffix(".log"), "w", encoding="utf-8"))
@@ -269,19 +274,22 @@ def _execute(path: Path, p, folder: Path, alone: bool) -> tuple[dict, bool]:
             papermill.execute_notebook(path, target, parameters, stderr_file=said, **options)
         except papermill.PapermillExecutionError as error:
             raise _failed(path, target, error) from None
-        except DeadKernelError:
-            print(f"error: {path.stem}: its kernel died (out of memory?)\n{_resume(target)}", file=sys.stderr)
+        except RuntimeError as error:  # of jupyter: a kernel that does not start, or ends
+            if "Kernel" not in str(error):
+                raise
+            print(f"error: {path.stem}: its kernel died (out of memory?): {error}\n{_resume(target)}", file=sys.stderr)
             raise typer.Exit(1) from None
     notes = [json.loads(line) for line in written.read_text("utf-8").splitlines()] if written.is_file() else []
     written.unlink(missing_ok=True)
     files = sorted({Path(os.path.relpath(note["path"], p.figures_dir)).as_posix() for note in notes})
-    entry = {"key": key, "seconds": round(time.monotonic() - start, 1)}
-    return entry | {"files": {name: _hash(p.figures_dir / name) for name in files}}, any(n["written"] for n in notes)
+    hashes = {name: _hash(p.figures_dir / name) for name in files}
+    entry = records.Executed(key=key, seconds=round(time.monotonic() - start, 1), files=hashes)
+    return entry, any(note["written"] for note in notes)
 
 
 def _failed(path: Path, target: Path, error) -> Exception:
     """Tell what went wrong in a cell; returns what to raise: exit code 2 for a user's mistake, else 1."""
-    mistake = error.ename in {kind.__name__ for kind in (FaithkdError, *FaithkdError.__subclasses__())}
+    mistake = hasattr(errors, error.ename)
     where = f"{path.stem}, cell [{error.exec_count}]"
     if mistake:
         print(f"error: {error.evalue}\n  in {where}", file=sys.stderr)
@@ -318,7 +326,7 @@ def _anew(folder: Path, record: Path):
         print("going on with the --retrain that was stopped")
     else:
         shutil.rmtree(scratch, ignore_errors=True)
-        _write_json(record, {})
+        records.write(record, records.DONE, {})
     with _environment(FAITHKD_STORE=str(scratch), FAITHKD_FRESH="1"):
         yield
     for file in sorted(scratch.rglob("*.*")):
@@ -353,27 +361,27 @@ def _make_folder(folder: Path) -> None:
 # --- what a run leaves behind
 
 
-def _provenance(p, done: dict, before: dict) -> dict:
+def _provenance(p, done: dict[str, records.Executed], before: records.Provenance | None) -> records.Provenance:
     """What made the figures: parameters, versions, machine, seconds that each notebook took.
 
     `before`: what was said of the same figures so far; where the parameters were the same, the notebooks that only an
     earlier run executed, perhaps in another clone, keep their seconds.
     """
     params = p.model_dump(mode="json")
-    earlier = before.get("seconds", {}) if before.get("params") == params else {}
-    seconds = earlier | {stem: entry["seconds"] for stem, entry in done.items()}
-    packages = ("faithkd", "torch", "numpy", "cvxpy", "highspy")
-    return {
-        "profile": p.profile,
-        "name": p.name,
-        "overrides": p.overrides,
-        "seed": p.seed,
-        "params": params,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "commit": _commit(),
-        "seconds": {path.stem: seconds[path.stem] for path in notebooks.listing() if path.stem in seconds},
-    }
+    earlier = before.seconds if before and before.params == params else {}
+    seconds = earlier | {stem: entry.seconds for stem, entry in done.items()}
+    versions = {name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")}
+    return records.Provenance(
+        profile=p.profile,
+        name=p.name,
+        overrides=p.overrides,
+        seed=p.seed,
+        params=params,
+        versions={"python": platform.python_version(), **versions},
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        commit=_commit(),
+        seconds={path.stem: seconds[path.stem] for path in notebooks.listing() if path.stem in seconds},
+    )
 
 
 def _version(package: str) -> str | None:
@@ -392,24 +400,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
         return None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        pass
-    # Written atomically, so somebody edited it, or another version wrote it: what it said is then simply made again.
-    print(f"{_short(path)} cannot be read and is ignored", file=sys.stderr)
-    return {}
-
-
-def _write_json(path: Path, content: dict) -> None:
-    paths.write(path, json.dumps(content, indent=1) + "\n")
 
 
 def _short(path: Path) -> str:

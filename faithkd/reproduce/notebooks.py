@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +20,42 @@ from faithkd.errors import NotebookError
 PROFILE = "digits"  # what the committed notebooks are executed on
 AT_ONCE = 4  # notebooks, each of which takes up to 2 GB
 SIZE_LIMIT = 1_500_000  # bytes; beyond it a repository's web page no longer shows a notebook well
-KERNEL = {  # for every execution; the level, because a kernel reports to the terminal also when we stop it
-    "kernel_name": "python3",
-    "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],
-}
 LOCAL_PATH = re.compile(r"(?<![\w.:/<-])/(?:home|Users|root|tmp|private|mnt|opt|var|usr)/|\b[A-Z]:\\Users")
 STYLER_ID = re.compile(r"\bT_([0-9a-f]{5})(?![0-9A-Za-z])")  # random, one for each styled table of pandas
+
+
+def execution() -> dict:
+    """Options of nbclient for every execution: this environment's own kernel, whatever kernels a user has installed."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
+
+    class Own(AsyncKernelManager):
+        @default("kernel_spec_manager")
+        def _no_other(self):
+            return KernelSpecManager(parent=self, kernel_dirs=[])  # what is left is ipykernel's own, by sys.executable
+
+    return {
+        "kernel_name": "python3",
+        "kernel_manager_class": Own,
+        "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],  # else it reports to the terminal when we stop it
+    }
+
+
+@contextmanager
+def reading(path: Path):
+    """Tell which committed file is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise NotebookError(f"{path} cannot be read ({error}): mend it, or get it anew with git checkout") from None
+
+
+def cells(path: Path) -> list[dict]:
+    """The cells of a notebook, the source of each as one text."""
+    with reading(path):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [{**cell, "cell_type": cell["cell_type"], "source": "".join(cell["source"])} for cell in cells]
 
 
 def listing() -> list[Path]:
@@ -61,8 +92,8 @@ def _aliases(path: Path) -> set[str]:
 
 def title(path: Path) -> str:
     """The notebook's first heading."""
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        heading = re.search(r"^#\s+(.+)", "".join(cell["source"]), re.MULTILINE)
+    for cell in cells(path):
+        heading = re.search(r"^#\s+(.+)", cell["source"], re.MULTILINE)
         if cell["cell_type"] == "markdown" and heading:
             return heading[1].strip()
     return path.stem
@@ -87,8 +118,7 @@ def run_key(path: Path, p) -> str:
 
 
 def _code(path: Path) -> list[str]:
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [_normal_source("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    return [_normal_source(cell["source"]) for cell in cells(path) if cell["cell_type"] == "code"]
 
 
 def _digest(parts) -> str:
@@ -100,15 +130,17 @@ def _digest(parts) -> str:
 
 def check(path: Path, p) -> list[str]:
     """What is wrong with a committed notebook that ran with the parameters `p`, a sentence for each fault."""
-    text = path.read_text(encoding="utf-8")
     try:
-        notebook = json.loads(text)
-        cells = [{**cell, "source": "".join(cell["source"])} for cell in notebook["cells"]]
-    except (ValueError, KeyError, TypeError) as error:
+        return _faults(path, path.read_text(encoding="utf-8"), p)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"is no notebook: {error}"]
-    code = [cell for cell in cells if cell["cell_type"] == "code" and cell["source"].strip()]
+
+
+def _faults(path: Path, text: str, p) -> list[str]:
+    notebook, found = json.loads(text), cells(path)
+    code = [cell for cell in found if cell["cell_type"] == "code" and cell["source"].strip()]
     metadata = notebook["metadata"]
-    complaints = _check_parameters(cells)
+    complaints = _check_parameters(found)
     if metadata.get("kernelspec", {}).get("name") != "python3":
         complaints.append("its kernel is not python3")
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
@@ -123,7 +155,7 @@ def check(path: Path, p) -> list[str]:
         complaints.append("names the version of Python in its metadata")
     if len(text.encode()) > SIZE_LIMIT:
         complaints.append(f"is larger than {SIZE_LIMIT / 1e6} MB: save smaller pictures")
-    for number, cell in enumerate(cells, 1):
+    for number, cell in enumerate(found, 1):
         complaints += [f"cell {number} {complaint}" for complaint in _check_cell(cell)]
     return complaints
 
@@ -185,17 +217,17 @@ def at_once() -> int:
 def _refresh(path: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from nbclient.exceptions import CellExecutionError
 
     from faithkd.reproduce import params
 
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's python3, not another of the user's
     os.environ.pop("MPLBACKEND", None)  # a user's own choice would leave the notebooks without pictures
-    notebook = nbformat.read(path, as_version=4)
+    with reading(path):
+        notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
     try:
-        NotebookClient(notebook, **KERNEL, timeout=None, resources=folder).execute()
-    except (CellExecutionError, DeadKernelError) as error:
+        NotebookClient(notebook, **execution(), timeout=None, resources=folder).execute()
+    except (CellExecutionError, RuntimeError) as error:  # the second: its kernel died
         raise NotebookError(f"{path.name} was left as it was, because it failed:\n{error}") from None
     made = normalise(notebook, path.stem, stamp(path, params.load(PROFILE)))
     paths.write(path, nbformat.writes(made) + "\n")

@@ -21,16 +21,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from faithkd.errors import ParamsError
+from faithkd.images import IMAGES
 from faithkd.paths import ROOT
 
 GROUP_LEAVES = ("evaluate.histograms",)  # mappings that may also be given whole
 FD_ONLY = re.compile(r"(train\.FD|models\.student)\.")  # what no other network depends on
-IMAGES = {  # name: (training images, test images, shape); digits is one set that is divided by seed
-    "digits": (1397, 400, (1, 8, 8)),
-    "mnist": (60_000, 10_000, (1, 28, 28)),
-    "fashion_mnist": (60_000, 10_000, (1, 28, 28)),
-    "cifar10": (50_000, 10_000, (3, 32, 32)),
-}
 
 
 class Ratio(float):
@@ -75,8 +70,8 @@ Positive = Annotated[Ratio, Field(gt=0)]
 NotNegative = Annotated[Ratio, Field(ge=0)]
 Share = Annotated[Ratio, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1)]
-Whole = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**63)]  # torch, pandas and JSON readers hold no larger ones
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Counts = Annotated[list[Count], Field(min_length=1)]
 Positives = Annotated[list[Positive], Field(min_length=1)]
 
@@ -298,6 +293,8 @@ def _contradictions(p: Params):
         method = getattr(p.train, name)
         if method.learning_rate_min > method.learning_rate:
             yield f"train.{name}.learning_rate_min", f"must be at most learning_rate ({method.learning_rate})"
+    if p.seed + p.repeats >= 2**63:
+        yield "seed", f"must be less than 2^63 also when repeats ({p.repeats}) raises it"
     increasing = {
         "evaluate.eps": p.evaluate.eps,
         "evaluate.table3.steps": p.evaluate.table3.steps,
@@ -402,7 +399,7 @@ def _yaml(text: str):
 def _read(path: Path) -> dict:
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, a date that is none, 5000 digits
         where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         raise ParamsError(f"{_short(path)}{where}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
@@ -414,16 +411,18 @@ def _parse(overrides) -> dict:
     """Overrides of any form as {dotted name: plain value}."""
     if isinstance(overrides, dict):
         return {str(name): value for name, value in overrides.items()}
+    if not isinstance(overrides, str | list | tuple | None):
+        raise ParamsError(f"overrides are {overrides!r:.60}: give names and values, such as {{'train.epochs': 2}}")
     changes = {}
     for item in [overrides] if overrides and isinstance(overrides, str) else overrides or []:
         name, equals, text = str(item).partition("=")
-        name = name.strip()
+        name, problem = name.strip(), "" if equals else " (it has no =)"
         try:
             value = _yaml(text)
-        except YAMLError:
-            equals = ""
-        if not equals or not name:
-            raise ParamsError(f"override {item!r}: write name=value, for example train.epochs=2")
+        except (YAMLError, ValueError) as error:
+            problem = f" ({getattr(error, 'problem', None) or error})"
+        if problem or not name:
+            raise ParamsError(f"override {item!r:.60}: write name=value, for example train.epochs=2{problem}")
         if repr(changes.setdefault(name, value)) != repr(value):
             raise ParamsError(f"override {item!r}: {name} is already set to {changes[name]!r}; give it once")
     return changes
@@ -477,7 +476,7 @@ def _explain(error: ValidationError, path: Path, raw: dict, changes: dict) -> st
             continue
         name = _dotted(e)
         setter = next((key for key in changes if re.match(re.escape(key) + r"(?![^.\[])", name)), None)
-        where = _short(path) if setter is None else f"override {setter}={changes[setter]}"
+        where = _short(path) if setter is None else f"override {setter}={changes[setter]!s:.60}"
         lines.append(f"{where}: {name}: {_what(e, name, missing)}")
     return "\n".join(dict.fromkeys(lines))
 
