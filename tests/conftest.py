@@ -36,11 +36,11 @@ def real_data(monkeypatch) -> Path:
     pytest.skip("the real image sets are not here: set FAITHKD_DATA to a folder that holds them")
 
 
-# `python -m faithkd.cli`, which Ctrl-C reaches also where the tests were started with interrupts ignored (nohup, &).
+# The command line, which Ctrl-C reaches also where the tests were started with interrupts ignored (nohup, &).
 LAUNCH = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("faithkd.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("faithkd.reproduce.cli", run_name="__main__", alter_sys=True)
 """
 
 

@@ -254,7 +254,7 @@ def test_several_notebooks_are_executed_at_a_time(home):
 
 def test_where_one_of_several_notebooks_fails_the_run_ends(home):
     home.write("00-waits", WAIT)
-    home.write("01-fails", 'from faithkd.params import ParamsError\nraise ParamsError("choose another eps")')
+    home.write("01-fails", 'from faithkd.reproduce.params import ParamsError\nraise ParamsError("choose another eps")')
     printed = home.call("run", code=2, FAITHKD_JOBS="2")
     assert "error: choose another eps\n  in 01-fails" in printed and "Traceback" not in printed
     pid_file = home.folder / "notebooks" / "kernel.pid"
@@ -322,7 +322,11 @@ def test_train_makes_all_networks_once(home):
     [
         # papermill adds one cell, its parameters
         ('raise ValueError("first line\\nthe end")', 1, "error: 01-fails, cell [4]: ValueError: the end\n"),
-        ('from faithkd.params import ParamsError\nraise ParamsError("another eps")', 2, "error: another eps\n  in 01-"),
+        (
+            'from faithkd.reproduce.params import ParamsError\nraise ParamsError("another eps")',
+            2,
+            "error: another eps\n  in 01-",
+        ),
         ("import os\nos._exit(1)", 1, "error: 01-fails: its kernel died"),
     ],
 )

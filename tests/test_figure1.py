@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from faithkd import attacks, square
+from faithkd import attacks
 from faithkd.data import Split
+from faithkd.report import figure1
 
 EPS = 0.1
 
@@ -24,24 +25,24 @@ def pair() -> tuple[nn.Module, nn.Module]:
 
 def test_a_margin_is_positive_for_the_class_on_top_alone():
     soft = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
-    assert square.margins(soft, torch.tensor([0, 1, 2])).tolist() == pytest.approx([0.2, -0.2, -0.3])
+    assert figure1.margins(soft, torch.tensor([0, 1, 2])).tolist() == pytest.approx([0.2, -0.2, -0.3])
 
 
 def test_a_clear_disagreement_needs_a_teacher_who_is_right_and_a_student_who_is_wrong():
     right, wrong, y = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([0])
-    scores = [float(square.clear_disagreement(*both, y)[1]) for both in ((right, wrong), (wrong, right))]
+    scores = [float(figure1.clear_disagreement(*both, y)[1]) for both in ((right, wrong), (wrong, right))]
     assert scores[0] > 0.7 and scores[1] < -0.7
-    assert float(square.clear_disagreement(right, right, y)[1]) < 0
-    assert float(square.same_class(right, right, y)[1]) == 0 and float(square.same_class(right, wrong, y)[1]) == -1
+    assert float(figure1.clear_disagreement(right, right, y)[1]) < 0
+    assert float(figure1.same_class(right, right, y)[1]) == 0 and float(figure1.same_class(right, wrong, y)[1]) == -1
 
 
 @pytest.mark.parametrize("clip", [None, (torch.tensor(0.0), torch.tensor(1.0))])
 def test_corners_are_corners_and_their_scores_are_theirs(pair, images, clip):
-    found, scores = square.corners(square.same_class, *pair, images, EPS, steps=10, restarts=2, seed=0, clip=clip)
+    found, scores = figure1.corners(figure1.same_class, *pair, images, EPS, steps=10, restarts=2, seed=0, clip=clip)
     lower, upper = attacks.ball(images.x, EPS, clip)
     assert ((found == lower) | (found == upper)).all()
     with torch.no_grad():
-        again = square.same_class(pair[0](found), pair[1](found), images.y)[1]
+        again = figure1.same_class(pair[0](found), pair[1](found), images.y)[1]
     assert torch.allclose(scores.to(again), again)
 
 
@@ -52,7 +53,7 @@ def test_the_cut_goes_through_the_image_and_both_corners(images, second):
     signs = torch.arange(12)
     x1 = torch.where(signs % 2 == 0, upper, lower)
     x2 = {"another": torch.where(signs < 5, upper, lower), "the same": x1, "the opposite": lower + upper - x1}[second]
-    frame, points, where = square.cut(x, x1, x2, EPS, side=side, seed=0)
+    frame, points, where = figure1.cut(x, x1, x2, EPS, side=side, seed=0)
     assert len(frame) == len(points) == side**2 and frame.abs().max().tolist() == [1, 1]
     for name, corner in {"x": x, "x1": x1, "x2": x2}.items():
         place = (frame[["a", "b"]] - list(where[name])).abs().sum(axis=1)
