@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from faithkd import experiment, figures, ledger, paper, params, tables
+from faithkd import experiment, figures, ledger, paper, params, tables, training
 from faithkd.report.paper import STUDENTS
 
 

@@ -130,10 +130,12 @@ def train(
     jobs: Annotated[str | None, typer.Option(metavar="N", help="How many at once; without it one a core.")] = None,
 ) -> None:
     """Train all networks of a profile that are not there yet, several at once; `faithkd run` then finds them."""
-    from faithkd.reproduce import artefacts, params
+    from faithkd.reproduce import params
 
     p = params.load(profile, settings or [])
     _share_out(jobs, None)
+    from faithkd.reproduce import artefacts
+
     artefacts.warn_of_old_store()
     with _stops_politely("each network goes on from its last epoch"):
         _train(p)
@@ -229,7 +231,7 @@ def _execute_all(p, chosen: list[Path], folder: Path, record: Path) -> bool:
     """Execute what is not there yet, several notebooks at a time; whether any file of figures/ changed."""
     done = records.read(record, records.DONE, {})
     todo = [path for path in chosen if not _is_done(path, p, folder, done.get(path.stem))]
-    width, begin, changed = min(notebooks.at_once(), len(todo)), time.monotonic(), False
+    width, begin, gone, changed = min(notebooks.at_once(), len(todo)), time.monotonic(), 0.0, False
     together = f", {width} at a time" if width > 1 else ""
     print(f"{p.name}: {_count(chosen, 'notebook')}, {len(todo)} to run{together}", flush=True)
     if record.name == "done.json" and (folder / "retrain.json").is_file():
@@ -242,12 +244,12 @@ def _execute_all(p, chosen: list[Path], folder: Path, record: Path) -> bool:
     # closed, lest an interrupt in the loop's own lines leave the others running
     with contextlib.closing(workers.run(calls, width, sample=0.0, here=True)) as finished:
         for number, (entry, wrote) in finished:
-            path, changed = todo[number], changed or wrote
-            done[path.stem] = entry
-            records.write(record, records.DONE, done)  # at once, so that a kill loses at most the notebooks in work
+            path, before, gone = todo[number], gone, time.monotonic() - begin
             made = f"{_count(entry.files, 'file')} in {_clock(entry.seconds)}"
-            gone = _clock(time.monotonic() - begin)
-            print(f"{places[path.stem]} {notebooks.title(path)} · {made} · {gone} gone", flush=True)
+            entry.seconds = round(gone - before, 1)  # as several are executed at a time: what it added to the run
+            done[path.stem], changed = entry, changed or wrote
+            records.write(record, records.DONE, done)  # at once, so that a kill loses at most the notebooks in work
+            print(f"{places[path.stem]} {notebooks.title(path)} · {made} · {_clock(gone)} gone", flush=True)
     return changed
 
 
