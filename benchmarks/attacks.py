@@ -30,7 +30,7 @@ from faithkd import data, experiment, models, params, training
 from faithkd.errors import FaithkdError
 from faithkd.evaluation import confidence_difference
 from faithkd.losses import METHODS, attack_labels
-from faithkd.params import Params
+from faithkd.reproduce.params import Params
 
 TASKS = ("RT", *METHODS, "EmpLB")
 BATCHES = "128,1000"  # that of training (MNIST), and more than an evaluation attacks at once

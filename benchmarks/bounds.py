@@ -21,8 +21,8 @@ from benchmarks.measure import Job, Measurement, images_of, run
 from faithkd import data, experiment, params
 from faithkd.bounds import faithfulness_upper_bound
 from faithkd.errors import FaithkdError
-from faithkd.paper import STUDENTS
-from faithkd.params import Params
+from faithkd.report.paper import STUDENTS
+from faithkd.reproduce.params import Params
 
 RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # seconds an image

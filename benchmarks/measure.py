@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks import contenders
 from faithkd import data
 from faithkd.errors import FaithkdError
-from faithkd.params import Params
+from faithkd.reproduce.params import Params
 
 WARM_UP = 1e-3  # share of eps at which first, untimed images are bounded: all is loaded then, and little is to do
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.contenders import CONTENDERS
 from faithkd import figures
-from faithkd.params import Params, Ratio
+from faithkd.reproduce.params import Params, Ratio
 
 ROUNDING = 1e-12  # of evaluating EmpLB itself in float64
 LOOKS = {  # one colour and marker per contender: ours in colour, the peers in greys

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from benchmarks.contenders import CONTENDERS
 from benchmarks.measure import Job, images_of, run
 from faithkd import data, experiment, models
-from faithkd.params import Params
+from faithkd.reproduce.params import Params
 
 IMAGES = (1, 10, 100, 1000)
 WIDTHS, DEPTH = (10, 20, 40, 80), 3

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from faithkd import arguments, attacks
@@ -270,6 +269,8 @@ class _Scaled(nn.Module):
 
 def _run_auto_attack(scaled: nn.Module, u: Tensor, y: Tensor, eps: float, version: str, seed: int) -> Tensor:
     """AutoAttack's points for inputs `u` in [0, 1]; it leaves the random numbers and the debugger of others alone."""
+    from pyautoattack import AutoAttack  # an extra: bounds alone must not need it
+
     suite = AutoAttack(scaled, eps=eps, norm="Linf", version=version, seed=seed, device=u.device)
     with torch.no_grad():
         others = scaled(u[:1]).shape[1] - 1

@@ -10,7 +10,7 @@ from torch import nn
 import faithkd
 from faithkd import evaluation, experiment, params, tables
 from faithkd.errors import FaithkdError
-from faithkd.paper import STUDENTS
+from faithkd.report.paper import STUDENTS
 
 
 def linear(weight, bias):

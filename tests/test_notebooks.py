@@ -10,7 +10,9 @@ import pandas
 import pytest
 from conftest import REPOSITORY
 
-from faithkd import ledger, notebooks, params, paths
+from faithkd import ledger, params, paths, recipes
+from faithkd.report import pages
+from faithkd.reproduce import notebooks
 
 
 def test_refreshing_twice_gives_the_same_bytes(home, monkeypatch):
@@ -84,26 +86,18 @@ def test_changed_parameters_make_it_stale(sound):
     assert "stale" in complaint
 
 
-def test_only_code_counts_in_the_package(tmp_path):
-    (tmp_path / "cli.py").write_text("tool = 1")
-    module = tmp_path / "losses.py"
-
-    def digest(text):
-        module.write_text(text)
-        notebooks.code_digest.cache_clear()
-        return notebooks.code_digest(tmp_path)
-
-    first = digest('"""A."""\ndef f(x):\n    """B."""\n    return 2 * x\n')
-    assert digest('"""C."""\n# D\ndef f( x ):\n\n    return 2*x  # E\n') == first
-    assert digest("def f(x):\n    return 3 * x\n") != first
-    assert digest("def f(x):\n    return 2 * x\n") == first
-    (tmp_path / "cli.py").write_text("tool = 2")
-    assert digest("def f(x):\n    return 2 * x\n") == first
-    # The same in every version of Python: this value was made by 3.11, 3.12 and 3.13.
-    assert (
-        digest('def f(*a, b=None, **k) -> int:\n    return f"{a!r:>{b}}", {**k}, ..., [i for i in a]\n')[:8]
-        == "98720ac0"
-    )
+def test_a_raised_recipe_makes_it_stale_and_any_edit_of_the_package_runs_it_again(sound, tmp_path, monkeypatch):
+    p = params.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "MEASURING", -1)
+        assert "stale" in notebooks.check(sound, p)[0]
+    (tmp_path / "package" / "reproduce").mkdir(parents=True)
+    (tmp_path / "package" / "losses.py").write_text("a = 1")
+    monkeypatch.setattr(notebooks, "__file__", str(tmp_path / "package" / "reproduce" / "notebooks.py"))
+    first = notebooks.run_key(sound, p)
+    assert notebooks.run_key(sound, p) == first
+    (tmp_path / "package" / "losses.py").write_text("a = 2")
+    assert notebooks.run_key(sound, p) != first and notebooks.check(sound, p) == []
 
 
 @pytest.mark.parametrize(
@@ -149,37 +143,43 @@ def test_refresh_leaves_a_failing_notebook_as_it_was(home, monkeypatch):
 def test_the_readme_lists_the_notebooks_and_the_committed_figures():
     """Stale tables in README.md: `make notebooks` writes them anew."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert notebooks.readme(text) == text
+    assert pages.readme(text, notebooks.listing()) == text
     assert text.count("](notebooks/") == len(notebooks.listing())
     assert "| `digits` |" in text
 
 
 def test_a_readme_without_its_blocks_is_refused():
     with pytest.raises(notebooks.NotebookError, match="must hold one block"):
-        notebooks.readme("# nothing here")
+        pages.readme("# nothing here", notebooks.listing())
 
 
-def test_a_profile_of_which_only_some_notebooks_ran_has_no_row(home, monkeypatch):
-    monkeypatch.setattr(paths, "ROOT", home.folder)
-    about = {"profile": "mnist", "overrides": {}, "params": {"data": {"name": "mnist"}}, "seconds": {"10-x": 125.0}}
-    (home.folder / "figures" / "mnist").mkdir(parents=True)
-    (home.folder / "figures" / "mnist" / "provenance.json").write_text(json.dumps(about))
-    assert notebooks._expectations() == []
+def test_a_profile_of_which_only_some_notebooks_ran_has_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    (tmp_path / "params").symlink_to(REPOSITORY / "params")
+    about = {"params": {"data": {"name": "mnist"}}, "seconds": {"10-x": 125.0}}
+    (tmp_path / "figures" / "mnist").mkdir(parents=True)
+    (tmp_path / "figures" / "mnist" / "provenance.json").write_text(json.dumps(about))
+    assert len(pages._expectations()) == 2, "the heads alone"
     rows = [
         {"eps": "0.1", "method": "FD", "bound": bound, "mean": mean}
         for bound, mean in (("EmpLB", 0.1), ("FaithUB", 0.25))
     ]
-    pandas.DataFrame(rows).to_csv(home.folder / "figures" / "mnist" / "table2.csv", index=False)
-    told = "| `mnist` | mnist | 2 min | FD at ε = 0.1: mean EmpLB 0.100, mean FaithUB 0.250 |\n"
-    assert notebooks._expectations() == [told]
+    pandas.DataFrame(rows).to_csv(tmp_path / "figures" / "mnist" / "table2.csv", index=False)
+    told = "| `mnist` | mnist | 2 min | FD at ε = 0.1: mean EmpLB 0.100, mean FaithUB 0.250 |"
+    assert pages._expectations()[2:] == [told]
+
+
+def test_the_page_of_the_weights_lists_what_lies_there():
+    page = (REPOSITORY / "weights" / "README.md").read_text(encoding="utf-8")
+    assert pages.weights_page("") == page and "| `mnist/alpha=0.75` | 0, 1, 2 | FD |" in page
 
 
 def test_the_papers_page_says_what_the_committed_figures_say():
     """A stale ledger in PAPER.md: `make notebooks` writes it anew."""
     text = (REPOSITORY / "PAPER.md").read_text(encoding="utf-8")
-    assert notebooks.paper_page(text) == text
+    assert pages.paper_page(text) == text
     with pytest.raises(notebooks.NotebookError, match="must hold one block"):
-        notebooks.paper_page("# nothing here")
+        pages.paper_page("# nothing here")
 
 
 def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
@@ -204,15 +204,15 @@ def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
             for eps, holds in (("0.1", "yes"), ("0.2", "open"))
         ]
         pandas.DataFrame(rows).to_csv(folder / "claims.csv", index=False)
-    assert "no number stands beside the paper's" in notebooks.paper_page(page)
-    assert "No data set of the paper has been run with other readings yet." in notebooks.paper_page(page)
+    assert "no number stands beside the paper's" in pages.paper_page(page)
+    assert "No data set of the paper has been run with other readings yet." in pages.paper_page(page)
     theirs = ledger.papers().query("dataset == 'mnist'").rename(columns={"paper": "value"})
     values = pandas.concat([theirs.assign(seed=seed, value=theirs["value"] + 0.001 * seed) for seed in range(3)])
     ledger.cells(values).to_csv(home.folder / "figures" / "mnist" / "ledger.csv", index=False)
     parts = [theirs.assign(reading="as in the profile", seed=seed, value=theirs["value"] + seed) for seed in range(2)]
     parts.append(theirs.assign(reading="train.kl=reverse", seed=0, value=theirs["value"] - 3))
     pandas.concat(parts).to_csv(home.folder / "figures" / "mnist" / "readings.csv", index=False)
-    made = notebooks.paper_page(page)
+    made = pages.paper_page(page)
     assert made.startswith(
         "before\n<!-- ledger: x -->\n| claim | `digits`, 3 seeds, illustration | `mnist`, 3 seeds |\n"
     )
@@ -222,15 +222,15 @@ def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
     assert "| old |" not in made and "<!-- end of ledger -->\nafter\n" in made
     assert "| as in the profile, all seeds | 97.9 to 98.9 | 90.0 to 91.0 | 65.6 to 66.6 |" in made
     assert re.search(r"\| `train.kl=reverse` \| 94.9 \| 87.0 \| 62.6 \| 83.0 \|.* 3\.0 \|.*3\.000", made)
-    assert notebooks.paper_page(made) == made
+    assert pages.paper_page(made) == made
     trained = pandas.concat(parts).query("method != 'SD'")  # ablation.students need not be all
     trained.to_csv(home.folder / "figures" / "mnist" / "readings.csv", index=False)
-    made = notebooks.paper_page(page)
+    made = pages.paper_page(page)
     assert "SD: robust" not in made and "nan" not in made
     trained.query("reading == 'as in the profile'").to_csv(
         home.folder / "figures" / "mnist" / "readings.csv", index=False
     )
-    assert "No data set of the paper has been run with other readings yet." in notebooks.paper_page(page)
+    assert "No data set of the paper has been run with other readings yet." in pages.paper_page(page)
 
 
 @pytest.mark.slow
@@ -238,11 +238,12 @@ def test_everything_regenerates_from_an_empty_store(home):
     """All notebooks by papermill on the smoke profile with nothing computed or trained before."""
     (home.folder / "notebooks").rmdir()
     shutil.copytree(REPOSITORY / "notebooks", home.folder / "notebooks")
-    printed = home.call("run", "--profile", "smoke")
+    process = home.start("run", "--profile", "smoke")
+    printed, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, printed
     made = {path.name for path in (home.folder / "figures" / "smoke").iterdir()}
     names = ["fig1", "fig2", "fig3", "table1", "table2", "table3", "table5", "claims"]
     assert {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")} <= made, printed
     assert "provenance.json" in made and "12 to run" in printed
-
     printed = home.call("run", "--profile", "smoke")
     assert "0 to run" in printed and printed.count("already there") == 12

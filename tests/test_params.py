@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from faithkd import params
 from faithkd.errors import FaithkdError
-from faithkd.params import ParamsError, Ratio
+from faithkd.reproduce.params import ParamsError, Ratio
 
 PROFILES = ["cifar10", "digits", "fashion_mnist", "mnist", "smoke"]
 

@@ -5,8 +5,8 @@ import json
 import nbformat
 import pytest
 
-from faithkd import notebooks, teaching
 from faithkd.errors import FaithkdError
+from faithkd.reproduce import notebooks, teaching
 
 ALL = notebooks.listing()
 
