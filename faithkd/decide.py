@@ -22,10 +22,10 @@ JUDGED = (OPPOSITE, OPPOSITE_SMALL, UNDECIDED, SAME, SMALL, HOLDS, MORE)  # the 
 def decide(margins: pd.DataFrame, unit: str) -> pd.DataFrame:
     """The rule for a family of comparisons: a row each, a column per seed, values favourite − rival in `unit`.
 
-    Returns the same rows with `margin`, the mean; `low` and `high`, its 95 % interval (NaN below LEAST_SEEDS); `least`
-    and `most` of the seeds; `seeds`; `better`; `p`, corrected for the number of rows; `verdict`, one of JUDGED;
+    Returns the same rows with `margin`, the mean; `low` and `high`, its 95 % interval; `least` and `most` of the
+    seeds; `seeds`; `better`; `p`, corrected for the number of rows; `verdict`, one of JUDGED;
     `supported`, the smallest margin that the difference is shown not to exceed; `needed`, the seeds that an undecided
-    one would take. Raises FaithkdError where a value is missing.
+    one would take. Below LEAST_SEEDS there is no interval and no p (NaN). Raises FaithkdError where a value is missing.
     """
     values, d = margins.to_numpy(dtype=float), MARGIN[unit]
     if not np.isfinite(values).all():
@@ -49,9 +49,9 @@ def decide(margins: pd.DataFrame, unit: str) -> pd.DataFrame:
 
 
 def worst_first(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `decide`: from those that speak most against a claim to those that support it most."""
-    ranked = rows.assign(rank=rows["verdict"].map(JUDGED.index), open=rows["needed"].fillna(0))
-    return ranked.sort_values(["rank", "open", "margin"], ascending=[True, False, True]).drop(columns=["rank", "open"])
+    """Rows of `decide`, from those that speak most against a claim to those that support it most."""
+    ranked = rows.assign(rank=rows["verdict"].map(JUDGED.index))
+    return ranked.sort_values(["rank", "margin"], kind="stable").drop(columns="rank")
 
 
 def seeds_needed(mean: float, spread: float, d: float, tests: int = 1, beyond: int = 1) -> float:
@@ -89,6 +89,8 @@ def _interval(values: np.ndarray, alpha: float) -> np.ndarray:
 
 def _flips(values: np.ndarray) -> np.ndarray:
     """A p-value per row: how often random signs give its seeds so high a mean, if they are symmetric around 0."""
+    if values.shape[1] < LEAST_SEEDS:
+        return np.full(len(values), np.nan)
     how = {"permutation_type": "samples", "alternative": "greater", **_resampling(values)}
     return permutation_test((values,), _mean, **how).pvalue
 

@@ -218,13 +218,13 @@ def claims(dataset: str, robustness, faithfulness, steps=None, alphas=None) -> p
     for name, text, unit, margins in _claimed(dataset, robustness, faithfulness, steps, alphas):
         if margins.empty:  # a single radius, or none below the ceiling: nothing to compare
             continue
-        known = decide(margins, unit)
+        known = decide(margins, unit).reset_index()
         if name == "C6":
             shown = known["most"] > 0
             known = known.assign(verdict=np.where(shown, HOLDS, UNDECIDED), p=np.nan, needed=np.nan)
-        radii = known.groupby("eps", sort=False)
-        worst = pd.concat([worst_first(part.reset_index()).head(1) for _, part in radii])
-        parts.append(worst.assign(claim=name, text=text, unit=unit))
+        known["needed"] = known.groupby("eps")["needed"].transform("max")  # until all pairs are decided
+        worst = worst_first(known).drop_duplicates("eps").set_index("eps").loc[known["eps"].unique()]
+        parts.append(worst.reset_index().assign(claim=name, text=text, unit=unit))
     found = pd.concat(parts, ignore_index=True).assign(dataset=dataset, claimed=tables.is_papers(dataset))
     names = ["claim", "text", "dataset", "claimed", "eps", "pair", "unit"]
     return found[[*names, *(column for column in found if column not in names)]]
@@ -308,8 +308,12 @@ def _words(part: pd.DataFrame) -> str:
     """How often each verdict was given, the best first; for what is undecided, what would decide it."""
     d, digits = ("1 point", 1) if part["unit"].iloc[0] == "%" else ("0.01", 3)
     counts = part["verdict"].value_counts()
-    said = [f"{name.replace('than d', f'than {d}')} at {counts[name]}" for name in reversed(JUDGED) if name in counts]
-    text, open_ = f"{'; '.join(said)} of {len(part)} ε", part[part["verdict"] == UNDECIDED]
+    text = "; ".join(
+        f"{name.replace('than d', f'than {d}')}, at {counts[name]} of {len(part)} ε"
+        for name in reversed(JUDGED)
+        if name in counts
+    )
+    open_ = part[part["verdict"] == UNDECIDED]
     if open_["needed"].isna().all():
         return text
     seeds = f"{open_['needed'].max():.0f}" if open_["needed"].max() <= MOST_SEEDS else f"over {MOST_SEEDS}"
@@ -343,8 +347,8 @@ def page(found: dict[str, pd.DataFrame]) -> list[str]:
 def proved(bounds: pd.DataFrame) -> pd.DataFrame:
     """On how many images one student is *proved* more faithful than another: its upper bound < the other's lower one.
 
-    δ* lies between its bounds, so no statistics are needed. `bounds` has a row per (eps, method, image; seed where there
-    are several) with EmpLB and FaithUB; tighter ends, from `experiment.best` and `strong`, are taken where they are. One
+    δ* lies between its bounds, so no statistics are needed. `bounds` has a row per (eps, method, image, perhaps
+    seed) with EmpLB and FaithUB; tighter ends, from `experiment.best` and `strong`, are taken where they are. Returns a
     row per ε and ordered pair of students: `student`, `rival`, and of `images` the shares (%) that are `proved` for the
     student, `lost` (proved for the rival) and `open`. Raises AssertionError where a lower bound exceeds an upper one.
     """
