@@ -1,5 +1,7 @@
 """The statistics of `ledger.RULE`: comparisons of students over several seeds, each with a verdict."""
 
+from bisect import bisect_left
+
 import numpy as np
 import pandas as pd
 from scipy.stats import bootstrap, nct, permutation_test
@@ -11,6 +13,7 @@ ALPHA = 0.05  # how often a test may err; intervals are of 1 − ALPHA
 MARGIN = {"%": 1.0, "confidence": 0.01}  # d, the smallest difference that matters, by unit
 LEAST_SEEDS = 6  # 2 / 2⁶ < .05 < 2 / 2⁵, and fewer are no basis for a bootstrap
 POWER, MOST_SEEDS = 0.8, 1000
+NOISE = 1e-9  # rounding of a mean: values no farther apart are equal
 RESAMPLES = 9999  # so all sign flips of up to 13 seeds, of more a sample
 
 OPPOSITE, OPPOSITE_SMALL = "the opposite holds", "the opposite holds, real but negligible"
@@ -40,11 +43,14 @@ def decide(margins: pd.DataFrame, unit: str) -> pd.DataFrame:
     cases |= {HOLDS: above, SAME: alike}
     verdict = np.select(list(cases.values()), list(cases), UNDECIDED)
     better = ((values > 0) + 0.5 * (values == 0)).mean(axis=1)
-    count, spread = values.shape[1], margins.std(axis=1)
-    needed = [seeds_needed(*row, d, len(values), beyond=count) for row in zip(values.mean(axis=1), spread, strict=True)]
-    columns = {"margin": values.mean(axis=1), "low": low, "high": high}
+    mean, spread, count = values.mean(axis=1), margins.std(axis=1), values.shape[1]
+    needed = [
+        seeds_needed(*row, d, len(values), beyond=count) if said == UNDECIDED else np.nan
+        for *row, said in zip(mean, spread, verdict, strict=True)
+    ]
+    columns = {"margin": mean, "low": low, "high": high}
     columns |= {"least": values.min(axis=1), "most": values.max(axis=1), "seeds": count, "better": better, "p": p}
-    columns |= {"verdict": verdict, "supported": supported, "needed": np.where(verdict == UNDECIDED, needed, np.nan)}
+    columns |= {"verdict": verdict, "supported": supported, "needed": needed}
     return pd.DataFrame(columns, index=margins.index)
 
 
@@ -62,24 +68,27 @@ def seeds_needed(mean: float, spread: float, d: float, tests: int = 1, beyond: i
     """
     if np.isnan(spread):
         return np.nan
-    n = np.arange(max(LEAST_SEEDS, beyond + 1), MOST_SEEDS + 1)
+    tried = range(max(LEAST_SEEDS, beyond + 1), MOST_SEEDS + 1)
 
-    def power(distance: float, level: float) -> np.ndarray:
+    def power(n: int, distance: float, level: float) -> float:
+        if 0.5**n >= level:  # no p of a sign-flip test is smaller
+            return 0.0
         shift = np.clip(distance * np.sqrt(n) / max(spread, 1e-12), -30, 30)  # farther out nothing changes
-        reached = nct.sf(student_t.isf(level, n - 1), n - 1, shift)
-        return np.where(0.5**n < level, reached, 0.0)  # no p of a sign-flip test is smaller than 1 / 2ⁿ
+        return nct.sf(student_t.isf(level, n - 1), n - 1, shift)
 
-    differs = power(abs(mean), ALPHA / 2 / tests)
-    alike = power(d - abs(mean), ALPHA) + power(d + abs(mean), ALPHA) - 1
-    enough = np.maximum(differs, alike) >= POWER
-    return float(n[enough.argmax()]) if enough.any() else np.inf
+    def decides(n: int) -> float:
+        alike = power(n, d - abs(mean), ALPHA) + power(n, d + abs(mean), ALPHA) - 1
+        return max(alike, power(n, abs(mean), ALPHA / 2 / tests))
+
+    place = bisect_left(tried, POWER, key=decides)  # more seeds decide more often
+    return float(tried[place]) if place < len(tried) else np.inf
 
 
 def _interval(values: np.ndarray, alpha: float) -> np.ndarray:
     """Both ends of the BCa interval of each row's mean, (2, rows); where all seeds are equal, that value."""
     if values.shape[1] < LEAST_SEEDS:
         return np.full((2, len(values)), np.nan)
-    ends, differ = np.stack([values[:, 0]] * 2), np.ptp(values, axis=1) > 0
+    ends, differ = np.stack([values[:, 0]] * 2), np.ptp(values, axis=1) > NOISE
     if differ.any():
         some = values[differ]
         found = bootstrap((some,), _mean, confidence_level=1 - alpha, method="BCa", **_resampling(some))

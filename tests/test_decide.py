@@ -9,7 +9,7 @@ from faithkd import decide as statistics
 from faithkd.decide import HOLDS, MORE, OPPOSITE, OPPOSITE_SMALL, SAME, SMALL, UNDECIDED, decide, seeds_needed
 from faithkd.errors import FaithkdError
 
-DRAWS = 400
+DRAWS = 300
 STEPS = np.linspace(-1, 1, 10)  # ten seeds around 0
 
 
@@ -51,7 +51,7 @@ def test_the_numbers_beside_a_verdict():
 
 def test_p_is_corrected_by_holms_method():
     assert statistics._holm(np.array([0.04, 0.01, 0.03, 0.005])).tolist() == pytest.approx([0.06, 0.03, 0.06, 0.02])
-    alone, fifteen = 1.2 + STEPS, np.vstack([1.2 + STEPS, *np.tile(10 * STEPS, (14, 1))])
+    alone, fifteen = 0.8 + 1.2 * STEPS, np.vstack([0.8 + 1.2 * STEPS, *np.tile(10 * STEPS, (14, 1))])
     assert decided(alone)["verdict"] == HOLDS and decide(pd.DataFrame(fifteen), "%")["verdict"][0] == UNDECIDED
 
 
@@ -59,7 +59,8 @@ def test_p_is_corrected_by_holms_method():
 def single(monkeypatch):
     """Each row is a comparison of its own, not one of a family; the verdicts on many drawn at random, as shares."""
     monkeypatch.setattr(statistics, "_holm", lambda p: p)
-    monkeypatch.setattr(statistics, "RESAMPLES", 2100)
+    monkeypatch.setattr(statistics, "RESAMPLES", 1100)
+    monkeypatch.setattr(statistics, "seeds_needed", lambda *_, **__: np.inf)  # for speed
 
     def shares(mean: float, spread: float, seeds: int) -> pd.Series:
         drawn = np.random.default_rng(seeds).normal(mean, spread, (DRAWS, seeds))
@@ -74,7 +75,7 @@ def most(rate: float) -> float:
     return binom.ppf(0.999, DRAWS, rate) / DRAWS
 
 
-@pytest.mark.parametrize("seeds", [6, 10, 20])
+@pytest.mark.parametrize("seeds", [6, 10, 16])
 def test_how_often_a_verdict_is_wrong(single, seeds):
     none, just = single(0.0, 0.7, seeds), single(1.0, 0.7, seeds)
     assert none[[HOLDS, SMALL, MORE, OPPOSITE, OPPOSITE_SMALL]].sum() <= most(0.05), "there is no difference"
