@@ -263,7 +263,7 @@ def test_the_claims_page_has_a_row_a_claim_and_data_set():
         "| ✓ C1: ARD, RSLAD, FD are more robust than SD | `fashion_mnist`, 12 | +40.0 [+40.0, +40.0] points at ε = 0.1 "
         "| holds, by more than 1 point, at 2 of 2 ε |"
     )
-    assert rows[1].endswith("3 | +40.0 points at ε = 0.1 | undecided, at 2 of 2 ε (it would take 9 seeds) |")
+    assert rows[1].endswith("3 | +40.0 points at ε = 0.1 | undecided, at 2 of 2 ε (it would take 8 seeds) |")
     unsure = many.assign(verdict="undecided", needed=np.inf, supported=0.0234)
     assert (
         ledger.overview(unsure)["words"]
