@@ -183,27 +183,17 @@ def test_the_papers_page_says_what_the_committed_figures_say():
 
 
 def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
-    """Verdicts side by side, cells counted, the key rows beside the paper's; runs with overrides are left out."""
+    """Claims and cells, the key rows beside the paper's; runs with overrides are left out."""
     monkeypatch.setattr(paths, "ROOT", home.folder)
-    page = "before\n<!-- ledger: x -->\n| old |\n<!-- end of ledger -->\nafter\n"
-    page += "<!-- readings: x -->\n<!-- end of readings -->\n"
-    for name in ("digits", "mnist", "mnist+seed=1"):
-        folder = home.folder / "figures" / name
-        folder.mkdir(parents=True)
-        claimed = name != "digits"
-        rows = [
-            {
-                "claim": "C1",
-                "text": "A beats B",
-                "claimed": claimed,
-                "eps": eps,
-                "seeds": 3,
-                "holds": holds,
-                "verdict": "undecided",
-            }
-            for eps, holds in (("0.1", "yes"), ("0.2", "open"))
-        ]
-        pandas.DataFrame(rows).to_csv(folder / "claims.csv", index=False)
+    blocks = "".join(
+        f"<!-- {name}: x -->\n| old |\n<!-- end of {name} -->\n" for name in ("claims", "ledger", "readings")
+    )
+    page = f"before\n{blocks}after\n"
+    radius = {"claim": "C1", "text": "A beats B", "claimed": True, "eps": "0.1", "unit": "%", "margin": 2.0, "low": 1.5}
+    radius |= {"high": 2.5, "seeds": 9, "verdict": "holds", "needed": None, "supported": 2.4}
+    for name in ("mnist", "mnist+seed=1"):
+        (home.folder / "figures" / name).mkdir(parents=True)
+        pandas.DataFrame([radius]).to_csv(home.folder / "figures" / name / "claims.csv", index=False)
     assert "no number stands beside the paper's" in pages.paper_page(page)
     assert "No data set of the paper has been run with other readings yet." in pages.paper_page(page)
     theirs = ledger.papers().query("dataset == 'mnist'").rename(columns={"paper": "value"})
@@ -213,13 +203,11 @@ def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
     parts.append(theirs.assign(reading="train.kl=reverse", seed=0, value=theirs["value"] - 3))
     pandas.concat(parts).to_csv(home.folder / "figures" / "mnist" / "readings.csv", index=False)
     made = pages.paper_page(page)
-    assert made.startswith(
-        "before\n<!-- ledger: x -->\n| claim | `digits`, 3 seeds, illustration | `mnist`, 3 seeds |\n"
-    )
-    assert "| C1: A beats B | undecided (1 of 2 ε) | undecided (1 of 2 ε) |" in made
+    assert made.startswith("before\n<!-- claims: x -->\n<details>") and "mnist+seed=1" not in made
+    assert "| ✓ C1: A beats B | `mnist`, 9 | +2.0 [+1.5, +2.5] points at ε = 0.1 | holds, at 1 of 1 ε |" in made
     assert "| `mnist` | table1: agreement | 24 | 24 | 0 | 0 | 0 | 0.0 points |" in made
     assert "| `mnist`, 3 seeds | EmpLB at ε = 0.1 | – | 0.107 ±0.002 [0.106] |" in made
-    assert "| old |" not in made and "<!-- end of ledger -->\nafter\n" in made
+    assert "| old |" not in made and made.endswith("<!-- end of readings -->\nafter\n")
     assert "| as in the profile, all seeds | 97.9 to 98.9 | 90.0 to 91.0 | 65.6 to 66.6 |" in made
     assert re.search(r"\| `train.kl=reverse` \| 94.9 \| 87.0 \| 62.6 \| 83.0 \|.* 3\.0 \|.*3\.000", made)
     assert pages.paper_page(made) == made

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from faithkd import data
 from faithkd.errors import FaithkdError
 from faithkd.report import ledger, tables
+from faithkd.report.decide import MARGIN
 from faithkd.report.paper import STUDENTS
 
 if TYPE_CHECKING:
@@ -97,8 +99,8 @@ def same(frame: pd.DataFrame, file: Path) -> bool:
 def save_table(p: "Params", name: str, table: pd.DataFrame, caption: str):
     """Save a table of the paper (CSV, and a picture of it as PDF and PNG) and return it styled for the notebook.
 
-    `name` is one that `tables.layout` knows, such as table1 or claims. Our value
-    stands first, the paper's in brackets where it has one; the best student of a row is bold, in claims what holds.
+    `name` is one that `tables.layout` knows, such as table1 or proved. Our value
+    stands first, the paper's in brackets where it has one; the best student of a row is bold.
     """
     cells, best = tables.layout(table, name)
     figure = _picture(cells, best, caption)
@@ -463,6 +465,58 @@ def _beside_paper(axes, part: pd.DataFrame, by_alpha: bool) -> None:
 
 def _spread(count: int) -> np.ndarray:
     return np.linspace(-0.3, 0.3, count)
+
+
+VERDICT_COLOURS = {"holds": "#009E73", "no difference": LOWER, "the opposite": UPPER, "undecided": "0.55"}
+
+
+def forest(judged: pd.DataFrame, title: str) -> Figure:
+    """`ledger.claims` as a forest plot: a block per claim, with a line per ε coloured by its verdict.
+
+    Thin: from the lowest to the highest seed; thick: the 95 % interval of the mean, where there are seeds enough.
+    Margins are in units of d, on a symmetric logarithmic axis that is linear within ±d.
+    """
+    blocks, lines, y = [], [], 0.0
+    for row in ledger.overview(judged).to_dict("records"):
+        texts = [
+            textwrap.fill(f"{row['claim']}  {row['text']}", 30),
+            textwrap.fill(f"{row['mark']} {row['words']}", 46),
+        ]
+        part = judged[judged["claim"] == row["claim"]]
+        lines += [(y + place, radius) for place, radius in enumerate(part.to_dict("records"))]
+        height = max(len(part), *(1.1 * text.count("\n") + 1 for text in texts))
+        blocks.append((y, *texts))
+        y += height + 0.9
+    size = (WIDTH, 0.17 * y + 1.15)
+    figure = plt.figure(figsize=size, layout="none")
+    axes = figure.add_axes((0.3, 0.77 / size[1], 0.36, 1 - 1.15 / size[1]), ylim=(y - 0.6, -0.9))
+    axes.axvspan(-1, 1, color="0.93", zorder=0)
+    axes.axvline(0, color="0.4", lw=0.8, zorder=1)
+    for place, row in lines:
+        d = MARGIN[row["unit"]]
+        ends = {name: row[name] / d for name in ("least", "most", "low", "high", "margin")}
+        colour = next(c for name, c in VERDICT_COLOURS.items() if row["verdict"].startswith(name))
+        axes.plot([ends["least"], ends["most"]], [place] * 2, color=colour, lw=0.9)
+        axes.plot([ends["low"], ends["high"]], [place] * 2, color=colour, lw=5, alpha=0.45, solid_capstyle="butt")
+        axes.plot(ends["margin"], place, "o", color=colour, ms=3.2)
+    for top, claim, words in blocks:
+        axes.axhline(top - 0.9, color="0.85", lw=0.6, xmin=-0.83, xmax=1.94, clip_on=False)
+        look = {"va": "top", "fontsize": 7.5, "linespacing": 1.15}
+        figure.text(0.005, 1 - (0.38 + 0.17 * (top + 0.4)) / size[1], claim, **look)
+        figure.text(0.675, 1 - (0.38 + 0.17 * (top + 0.4)) / size[1], words, **look)
+    reach = max(2.0, np.abs(judged[["least", "most"]].div(judged["unit"].map(MARGIN), axis=0)).max(axis=None))
+    axes.set_xscale("symlog", linthresh=1, linscale=0.7)
+    axes.set_xlim(-1.4 * reach, 1.4 * reach)
+    ticks = [tick for tick in (-100, -10, -1, 0, 1, 10, 100) if abs(tick) <= reach]
+    axes.set_xticks(ticks, [f"{tick:+d}".replace("+0", "0").replace("-", "−") for tick in ticks])
+    axes.minorticks_off()
+    axes.set_yticks([place for place, _ in lines], [f"ε = {row['eps']}" for _, row in lines], fontsize=6.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    label = "margin in units of d: 1 point, or 0.01 of confidence\nthin: all seeds; thick: 95 % interval of their mean"
+    axes.set_xlabel(label, fontsize=8)
+    figure.text(0.005, 1 - 0.2 / size[1], title, va="center", fontsize=9, style="italic")
+    return figure
 
 
 def readings(frame: pd.DataFrame, panels: list[tuple[str, str, str]]) -> Figure:

@@ -1,8 +1,10 @@
 """The ledger: the paper's numbers and claims beside ours, over several seeds.
 
 Each seed draws teacher, students and test subset anew (`experiment.over_seeds`), so what differs from seed to seed
-holds every source of chance that a single run, like the paper's, has.
+holds every source of chance that a single run, like the paper's, has. RULE says how claims are judged.
 """
+
+from itertools import permutations
 
 import numpy as np
 import pandas as pd
@@ -10,14 +12,34 @@ from scipy.stats import norm
 from scipy.stats import t as student_t
 
 from faithkd.report import paper, tables
+from faithkd.report.decide import HOLDS, JUDGED, MOST_SEEDS, UNDECIDED, decide, worst_first
 from faithkd.report.paper import STUDENTS
 
-VERDICTS = ("within", "above", "below", "undecided")
+# Fixed before the numbers were looked at, and printed on the claims page; `faithkd.report.decide` computes it.
+RULE = """\
+* **Pairs.** The students of a seed share teacher and test images. So a claim is judged by *margins*: favourite against
+  rival, on the same images, averaged over them; positive where the claim is right. One number a seed.
+* **Interval and test.** The mean margin over the seeds has a 95 % interval (BCa bootstrap over seeds) and beside it the
+  p-value of a sign-flip permutation test, corrected for all rivals and radii of the claim by Holm's method. *Better* is
+  the share of seeds with a positive margin: how likely a single run is to show the claim.
+* **d**, the smallest difference that matters: one point of accuracy or agreement, 0.01 of confidence. That is one image
+  of the hundred that the paper has for CIFAR-10, and on its thousand elsewhere one standard error of 90 % accuracy.
+* *Holds*: the interval lies on the claimed side, and p < .05; *by more than d* where all of it lies beyond d. *The
+  opposite holds*: the same on the other side. *No difference larger than d*: the 90 % interval lies inside ±d. As a
+  bootstrap of few seeds is too sure of itself, a sign-flip test against d must agree. Where a difference is both shown
+  and no larger than d, it is *real but negligible*. All else is *undecided*, with the seeds it would take (if mean and
+  spread stay as they are, four of five repetitions decide) and the smallest margin that is supported.
+* A claim is as good as its worst pair. Below six seeds, no p is below .05: all is undecided. FaithUB of two students at
+  its ceiling is not compared. C6 says that an order *can* flip: one image shows it.
+"""
+VERDICTS = ("within", "above", "below", "undecided")  # on a number
 LEVEL = 0.95  # of all intervals
 KEYS = ["table", "dataset", "eps", "measure", "method"]  # what names a cell
 NARROW = {"%": 5.0, "confidence": 0.25}  # up to ± 5 points, or ± a quarter of the paper's value, it says something
 ROUNDING = {"accuracy": 0.005, "table1": 0.05, "table2": 5e-4, "table3": 0.0, "table5": 5e-4}  # of the paper's print
+MARKS = dict(zip(JUDGED, "✗✗?≈✓✓✓", strict=True))
 FLOAT_NOISE = 1e-4  # a smaller difference of two EmpLB may be rounding (claim C6)
+LB_NOISE = 1e-12  # rounding when a lower bound is evaluated, in float64
 
 
 # --- cells: every number that the paper prints and a run can repeat
@@ -153,10 +175,10 @@ def cells(values: pd.DataFrame, fewer: pd.DataFrame | None = None) -> pd.DataFra
     return found[[*KEYS, "unit", "seeds", *numbers, "verdict"]]
 
 
-def _quantile(seeds, tests=1):
-    """The two-sided t quantile for a mean over `seeds` values, with Bonferroni's correction for `tests` of them."""
+def _quantile(seeds):
+    """The two-sided t quantile for a mean over `seeds` values; NaN for one, which has no spread."""
     seeds = np.asarray(seeds, dtype=float)
-    return np.where(seeds > 1, student_t.ppf(1 - (1 - LEVEL) / 2 / tests, np.maximum(seeds - 1, 1)), np.nan)
+    return np.where(seeds > 1, student_t.ppf(0.5 + LEVEL / 2, np.maximum(seeds - 1, 1)), np.nan)
 
 
 def summary(cells: pd.DataFrame) -> pd.DataFrame:
@@ -186,33 +208,26 @@ def distances(readings: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims(dataset: str, robustness, faithfulness, steps=None, alphas=None) -> pd.DataFrame:
-    """The paper's claims about a data set, each tested at every radius ε and judged: one row per claim and radius.
+    """The paper's claims about a data set, judged by RULE: one row per claim and radius ε, that of the worst pair.
 
-    A margin is favourite minus rival (where low is good, rival minus favourite), image by image, averaged over the
-    images of a seed: positive where the claim holds. Its mean over k `seeds` has the 95 % interval mean ± t s / √k,
-    where s, the spread from seed to seed, counts as no less than what the draw of the images alone would give.
-
-    * At a radius a claim `holds` ("yes") if the interval of *every* pair lies above 0, and fails ("no") if that of any
-      pair, widened for their number, lies below 0; else it is "open". `pair`, `margin`, `low` and `high` are those of
-      the pair that decides, whose interval reaches lowest; `shown` counts the seeds that alone would show the claim,
-      with all margins above 0. FaithUB of a pair that has reached its ceiling is not compared.
-    * `verdict`: "reproduced" if it holds at all radii that the paper claims; "not reproduced" if it fails at one, or
-      if no seed shows it at more than half of them; else, and with one seed, "undecided". C5 says "nearly all": there
-      one radius may differ.
-    * C6 says that an order *can* flip: it holds if every seed has an image where it does, also with one seed.
-
-    Where the paper does not use the data set, `claimed` is False: an illustration of the claim, no test of the paper.
+    The frames are those of `experiment.over_seeds`, image by image, or means over the images of each seed (but for
+    `steps`). Columns: claim, text, dataset, eps, pair, unit, and those of `decide`. Where the paper does not use the
+    data set, `claimed` is False: an illustration of the claim, no test of the paper.
     """
     parts = []
     for name, text, unit, margins in _claimed(dataset, robustness, faithfulness, steps, alphas):
         if margins.empty:  # a single radius, or none below the ceiling: nothing to compare
             continue
-        radii = _existence(margins) if name == "C6" else by_radius(margins)
-        verdict = judge(radii, exceptions=1 if name == "C5" else 0)
-        parts.append(radii.assign(claim=name, text=text, unit=unit, verdict=verdict))
+        known = decide(margins, unit).reset_index()
+        if name == "C6":
+            shown = known["most"] > 0
+            known = known.assign(verdict=np.where(shown, HOLDS, UNDECIDED), p=np.nan, needed=np.nan)
+        known["needed"] = known.groupby("eps")["needed"].transform("max")  # until all pairs are decided
+        worst = worst_first(known).drop_duplicates("eps").set_index("eps").loc[known["eps"].unique()]
+        parts.append(worst.reset_index().assign(claim=name, text=text, unit=unit))
     found = pd.concat(parts, ignore_index=True).assign(dataset=dataset, claimed=tables.is_papers(dataset))
-    columns = ["claim", "text", "dataset", "claimed", "eps", "pair", "unit", "margin", "low", "high", "seeds", "shown"]
-    return found[[*columns, "holds", "verdict"]]
+    names = ["claim", "text", "dataset", "claimed", "eps", "pair", "unit"]
+    return found[[*names, *(column for column in found if column not in names)]]
 
 
 def _claimed(dataset: str, robustness, faithfulness, steps, alphas):
@@ -232,95 +247,125 @@ def _claimed(dataset: str, robustness, faithfulness, steps, alphas):
     if alphas is not None:
         most, least = alphas["alpha"].max(), alphas["alpha"].min()
         both = [lead(alphas, bound, [most], [least], by="alpha") for bound in tables.BOUNDS]
-        yield "C7", "a larger α gives lower bounds", "confidence", pd.concat(both, ignore_index=True)
+        yield "C7", "a larger α gives lower bounds", "confidence", pd.concat(both)
     yield "C8", "FaithUB − EmpLB is wider than at the first ε", "confidence", widening(faithfulness)
 
 
 def lead(frame, measure: str, favourites, rivals=None, by: str = "method") -> pd.DataFrame:
-    """By how much each favourite beats each rival (none given: all other students), image by image.
+    """By how much each favourite beats each rival (none given: all other students): rows (eps, pair), a column a seed.
 
-    `measure`: "robust" or "agrees", in points, or "EmpLB" or "FaithUB", where low is good. Returns a row per (eps,
-    pair, seed, image) with `margin`.
+    `measure`: "robust" or "agrees", in points, or "EmpLB" or "FaithUB", where low is good.
     """
-    radii = list(dict.fromkeys(frame["eps"]))
-    wide = frame.pivot(index=["eps", "seed", "image"], columns=by, values=measure).astype(float)
-    means = wide.groupby("eps").transform("mean")
-    margins = {}
-    for one in favourites if radii else ():
+    means, margins = _means(frame, measure, by), {}
+    for one in favourites if len(means) else ():
         for other in rivals or [method for method in STUDENTS if method != one]:
-            margin = wide[other] - wide[one] if measure in tables.BOUNDS else 100 * (wide[one] - wide[other])
+            margin = (means[other] - means[one]) * (1 if measure in tables.BOUNDS else -100)
             if measure == "FaithUB":
-                margin = margin[means[[one, other]].min(axis=1) <= tables.CEILING]
+                margin = margin[np.minimum(means[one].mean(axis=1), means[other].mean(axis=1)) <= tables.CEILING]
             margins[f"{measure}: {one} against {other}"] = margin
-    return _long_margins(margins, ["pair", "eps", "seed", "image"], radii)
+    return pd.concat(margins, names=["pair"]).swaplevel() if margins else pd.DataFrame()
+
+
+def _means(frame: pd.DataFrame, measure: str, by: str = "method") -> pd.DataFrame:
+    """The mean over the images of each seed: a row per ε, columns (by, seed)."""
+    return frame.astype({measure: float}).pivot_table(measure, "eps", [by, "seed"], sort=False)
 
 
 def widening(faithfulness: pd.DataFrame) -> pd.DataFrame:
-    """How much wider FaithUB − EmpLB is than at the smallest ε, image by image, a pair for each student."""
-    radii = list(dict.fromkeys(faithfulness["eps"]))
-    gap = faithfulness.assign(gap=faithfulness["FaithUB"] - faithfulness["EmpLB"])
-    wide = gap.pivot(index=["method", "seed", "image"], columns="eps", values="gap")
-    margins = {eps: wide[eps] - wide[radii[0]] for eps in radii[1:]}
-    return _long_margins(margins, ["eps", "pair", "seed", "image"], radii)
+    """How much wider FaithUB − EmpLB is than at the smallest ε, a pair for each student: as `lead`."""
+    gap = _means(faithfulness, "FaithUB") - _means(faithfulness, "EmpLB")
+    wider = gap.iloc[1:] - gap.iloc[0]
+    return wider.stack("method", future_stack=True).rename_axis(index={"method": "pair"})
 
 
 def flipping(steps: pd.DataFrame) -> pd.DataFrame:
-    """100 for images on which the order of RSLAD and FD changes with the number of steps, by no float noise; else 0."""
-    parts = {}
+    """The images (%) on which the order of RSLAD and FD changes with the steps, by no float noise: as `lead`."""
+    shares = {}
     for seed, part in steps.groupby("seed"):
-        found = tables.flips(part).set_index("image")
-        parts[seed] = 100.0 * ((found["flips"] > 0) & (found["margin"] > FLOAT_NOISE))
-    frame = pd.concat(parts, names=["seed", "image"]).rename("margin").reset_index()
-    return frame.assign(eps=steps["eps"].iloc[0], pair="RSLAD and FD")
+        found = tables.flips(part)
+        shares[seed] = 100 * float(((found["flips"] > 0) & (found["margin"] > FLOAT_NOISE)).mean())
+    row = pd.MultiIndex.from_tuples([(steps["eps"].iloc[0], "RSLAD and FD")], names=["eps", "pair"])
+    return pd.DataFrame(shares, index=row)
 
 
-def _long_margins(margins: dict, names: list[str], radii: list[str]) -> pd.DataFrame:
-    if not margins:
-        return pd.DataFrame(columns=["eps", "pair", "seed", "image", "margin"])
-    frame = pd.concat(margins, names=names).rename("margin").reset_index()
-    order = {eps: place for place, eps in enumerate(radii)}
-    return frame.sort_values("eps", key=lambda eps: eps.map(order), kind="stable", ignore_index=True)
+# --- the claims page
 
 
-def by_radius(margins: pd.DataFrame) -> pd.DataFrame:
-    """Per ε the pair that decides, its mean margin with the 95 % interval over seeds, and whether all pairs hold.
+def overview(judged: pd.DataFrame) -> pd.DataFrame:
+    """One row a claim of `claims`: the one of its worst radius, with `mark` and the verdict at all radii in `words`.
 
-    `margins` has a row per (eps, pair, seed, image); the rule is that of `claims`.
+    C5 says "nearly all": there it is that of the worst radius but one.
     """
-    seeds = margins.groupby(["eps", "pair", "seed"], sort=False)["margin"].agg(["mean", "sem"]).reset_index()
-    seeds["drawn"] = seeds["sem"].fillna(0) ** 2  # the variance that the draw of the images alone gives a seed's mean
-    groups = seeds.groupby(["eps", "pair"], sort=False)
-    pairs = groups.agg(
-        margin=("mean", "mean"), between=("mean", "var"), drawn=("drawn", "mean"), seeds=("seed", "size")
+    rows = []
+    for claim, part in judged.groupby("claim", sort=False):
+        ranked = worst_first(part)
+        decides = ranked.iloc[1 if claim == "C5" and len(part) > 1 else 0]
+        rows.append(decides.to_dict() | {"mark": MARKS[decides["verdict"]], "words": _words(part)})
+    return pd.DataFrame(rows)
+
+
+def _words(part: pd.DataFrame) -> str:
+    """How often each verdict was given, the best first; for what is undecided, what would decide it."""
+    d, digits = ("1 point", 1) if part["unit"].iloc[0] == "%" else ("0.01", 3)
+    counts = part["verdict"].value_counts()
+    text = "; ".join(
+        f"{name.replace('than d', f'than {d}')}, at {counts[name]} of {len(part)} ε"
+        for name in reversed(JUDGED)
+        if name in counts
     )
-    error = np.sqrt(np.fmax(pairs["between"], pairs["drawn"]) / pairs["seeds"])
-    pairs["low"] = pairs["margin"] - _quantile(pairs["seeds"]) * error
-    pairs["high"] = pairs["margin"] + _quantile(pairs["seeds"]) * error
-    count = pairs.groupby("eps")["margin"].transform("size")
-    pairs["fails"] = pairs["margin"] + _quantile(pairs["seeds"], count) * error < 0
-    radii = pairs.groupby("eps", sort=False)
-    holds = pd.Series("open", radii.size().index)
-    holds[radii["low"].agg(lambda low: (low > 0).all())] = "yes"
-    holds[radii["fails"].any()] = "no"
-    shown = (seeds.groupby(["eps", "seed"])["mean"].min() > 0).groupby("eps").sum()
-    order = pairs.sort_values(["fails", "low", "margin"], ascending=[False, True, True])  # one seed: no low, no fails
-    decides = order.reset_index("pair").groupby("eps").head(1).loc[holds.index]
-    return decides.assign(holds=holds, shown=shown).reset_index()[
-        ["eps", "pair", "margin", "low", "high", "seeds", "shown", "holds"]
-    ]
+    open_ = part[part["verdict"] == UNDECIDED]
+    if open_["needed"].isna().all():
+        return text
+    seeds = f"{open_['needed'].max():.0f}" if open_["needed"].max() <= MOST_SEEDS else f"over {MOST_SEEDS}"
+    apart = f"; so far: at most {open_['supported'].max():.{digits}f} apart" if open_["supported"].notna().all() else ""
+    return f"{text} (it would take {seeds} seeds{apart})"
 
 
-def _existence(margins: pd.DataFrame) -> pd.DataFrame:
-    """As `by_radius`, for a claim that something exists: it does if every seed has it, and fails if none has."""
-    radii = by_radius(margins)
-    holds = ["yes" if row.shown == row.seeds else "open" if row.shown else "no" for row in radii.itertuples()]
-    return radii.assign(holds=holds)
+def interval(row) -> str:
+    """A margin with its interval for people: "+0.012 [+0.004, +0.020]", in points or units of confidence."""
+    digits, unit = (1, " points") if row["unit"] == "%" else (3, "")
+    ends = "" if np.isnan(row["low"]) else f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
+    return f"{row['margin']:+.{digits}f}{ends}{unit}"
 
 
-def judge(radii: pd.DataFrame, exceptions: int = 0) -> str:
-    """The verdict on a claim from its radii (columns `seeds`, `shown`, `holds`); the rule is that of `claims`."""
-    holds, count = radii["holds"].value_counts(), len(radii)
-    against = (radii["shown"] == 0).sum() > count / 2 and radii["seeds"].min() > 1
-    if holds.get("no", 0) > exceptions or against:
-        return "not reproduced"
-    return "reproduced" if holds.get("yes", 0) >= max(1, count - exceptions) else "undecided"
+def page(found: dict[str, pd.DataFrame]) -> list[str]:
+    """The claims page in Markdown from the `claims` of each profile: RULE, a row a claim and data set, pictures."""
+    found = {profile: table for profile, table in found.items() if table["claimed"].all()}
+    summary = "<summary>The rule, fixed before the numbers were looked at</summary>"
+    lines = [f"<details>{summary}", "", *RULE.splitlines(), "", "</details>", ""]
+    lines += ["| claim | profile, seeds | margin where it is weakest | verdict |", "|---|---|---|---|"]
+    rows = [row | {"profile": name} for name, table in found.items() for row in overview(table).to_dict("records")]
+    for row in sorted(rows, key=lambda row: row["claim"]):  # stable: the profiles keep their order
+        name, where = f"{row['mark']} {row['claim']}: {row['text']}", f"`{row['profile']}`, {row['seeds']}"
+        lines.append(f"| {name} | {where} | {interval(row)} at ε = {row['eps']} | {row['words']} |")
+    return [*lines, "", *(f"![The claims on {name}](figures/{name}/claims.png)" for name in found)]
+
+
+# --- proved, image by image
+
+
+def proved(bounds: pd.DataFrame) -> pd.DataFrame:
+    """On how many images one student is *proved* more faithful than another: its upper bound < the other's lower one.
+
+    δ* lies between its bounds, so no statistics are needed. `bounds` has a row per (eps, method, image, perhaps
+    seed) with EmpLB and FaithUB; tighter ends, from `experiment.best` and `strong`, are taken where they are. Returns a
+    row per ε and ordered pair of students: `student`, `rival`, and of `images` the shares (%) that are `proved` for the
+    student, `lost` (proved for the rival) and `open`. Raises AssertionError where a lower bound exceeds an upper one.
+    """
+    upper = bounds[bounds.columns.intersection(["FaithUB", "BestUB"])].min(axis=1)
+    lower = bounds[bounds.columns.intersection(["EmpLB", "StrongLB", "BestLB"])].max(axis=1)
+    if not (lower <= upper + LB_NOISE).all():
+        raise AssertionError("a lower bound lies above an upper bound: one is wrong, please report it")
+    names = [name for name in ("eps", "seed", "image") if name in bounds]
+    ends = bounds.assign(upper=upper, lower=lower).pivot(index=names, columns="method", values=["lower", "upper"])
+    beats = {
+        pair: 100.0 * (ends["upper", pair[0]] + LB_NOISE < ends["lower", pair[1]]).groupby("eps").mean()
+        for pair in permutations(dict.fromkeys(bounds["method"]), 2)
+    }
+    shares = pd.concat(beats, names=["student", "rival"]).rename("proved").reset_index()
+    swapped = shares.rename(columns={"student": "rival", "rival": "student", "proved": "lost"})
+    shares = shares.merge(swapped, on=["student", "rival", "eps"])
+    shares["open"] = 100 - shares["proved"] - shares["lost"]
+    shares["images"] = shares["eps"].map(ends.groupby("eps").size())
+    order = {eps: place for place, eps in enumerate(dict.fromkeys(bounds["eps"]))}
+    return shares.sort_values("eps", key=lambda eps: eps.map(order), kind="stable", ignore_index=True)

@@ -113,9 +113,10 @@ def weights_page(_text: str) -> str:
 
 
 def paper_page(text: str) -> str:
-    """PAPER.md with its blocks `ledger` and `readings` made anew from the committed figures: its claims and numbers
-    beside ours, and what the paper leaves open, filled in other ways."""
-    text = _renewed("PAPER.md", text, "ledger", [*_claims(), "", *_numbers()])
+    """PAPER.md with its blocks `claims`, `ledger` and `readings` made anew from the committed figures: the verdicts on
+    its claims, its numbers beside ours, and what it leaves open, filled in other ways."""
+    text = _renewed("PAPER.md", text, "claims", ledger.page(_committed("claims")))
+    text = _renewed("PAPER.md", text, "ledger", _numbers())
     return _renewed("PAPER.md", text, "readings", _readings())
 
 
@@ -126,27 +127,6 @@ def _committed(name: str) -> dict:
     known = {file.stem for file in (paths.ROOT / "params").glob("*.yaml")} - {QUICK}
     files = [file for file in files if file.parent.name in known]
     return {file.parent.name: pd.read_csv(file, dtype={"eps": str}) for file in files}
-
-
-def _claims() -> list[str]:
-    """A row for each claim, a column for each profile: the verdict and at how many radii the claim holds."""
-    found = _committed("claims")
-    texts: dict[str, list[str]] = {}
-    cells = {}
-    for profile, table in found.items():
-        for claim, part in table.groupby("claim"):
-            texts.setdefault(claim, []).append(part["text"].iloc[0])
-            count = f"{(part['holds'] == 'yes').sum()} of {len(part)} ε"
-            cells[claim, profile] = f"{part['verdict'].iloc[0]} ({count})"
-    heads = [
-        f"`{name}`, {_seeds(table)}" + ("" if table["claimed"].all() else ", illustration")
-        for name, table in found.items()
-    ]
-    lines = [_row(["claim", *heads]), "|---" * (len(heads) + 1) + "|"]
-    for claim in sorted(texts):
-        title = f"{claim}: {' / '.join(dict.fromkeys(texts[claim]))}"
-        lines.append(_row([title, *(cells.get((claim, profile), "") for profile in found)]))
-    return lines
 
 
 def _numbers() -> list[str]:

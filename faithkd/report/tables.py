@@ -178,11 +178,11 @@ def layout(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A table for people: (text of the cells, which cells are the best of their group), paper's value in brackets.
 
     `name` is "table1", "table2", "table3", "table5", "sample" (`table2` of few images), "best", "ladder", "agreement",
-    "claims", "autoattack" or "strong"; `table` comes from the function of that name, from `agreement_intervals`,
-    `auto_attack` or `ledger.claims`.
+    "autoattack", "strong" or "proved"; `table` comes from the function of that name, from `agreement_intervals`,
+    `auto_attack` or `ledger.proved`.
     """
     layouts = {"table1": _layout1, "table2": _layout2, "table3": _layout3, "table5": _layout5}
-    layouts |= {"best": _layout_best, "agreement": _layout_agreement, "claims": _layout_claims}
+    layouts |= {"best": _layout_best, "agreement": _layout_agreement, "proved": _layout_proved}
     layouts |= {"autoattack": _layout_auto_attack, "strong": _layout_strong, "sample": _layout2}
     layouts |= {"ladder": _layout_ladder}
     return layouts[name](table)
@@ -287,27 +287,16 @@ def _layout_agreement(table: pd.DataFrame):
     return _frames(cells, best, pd.Index(radii, name="ε"))
 
 
-MARKS = {"yes": "✓", "no": "✗", "open": "?"}
-
-
-def _layout_claims(table: pd.DataFrame):
-    """A row per claim: at each ε the mark, the margin and how many seeds show it; the verdict at the end."""
-    radii, names = list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table["claim"]))
-    rows, first = table.set_index(["claim", "eps"]), table.drop_duplicates("claim").set_index("claim")
-    cells, best, title = {}, {}, "margin over the rival that decides, at ε [seeds that show the claim]"
-    for eps in radii:
-        there = [rows.loc[(name, eps)] if (name, eps) in rows.index else None for name in names]
-        cells[title, eps] = ["" if row is None else _margin(row) for row in there]
-        best[title, eps] = [row is not None and row["holds"] == "yes" for row in there]
-    count = table["seeds"].max()
-    last = "verdict", f"{count} seed{'s' if count != 1 else ''}"
-    cells[last], best[last] = list(first["verdict"]), [False] * len(names)
-    return _frames(cells, best, pd.Index([f"{name}  {first.loc[name, 'text']}" for name in names], name="claim"))
-
-
-def _margin(row: pd.Series) -> str:
-    digits = 1 if row["unit"] == "%" else 3
-    return f"{MARKS[row['holds']]} {row['margin']:+.{digits}f}\n[{row['shown']} of {row['seeds']}]"
+def _layout_proved(table: pd.DataFrame):
+    """A row per ordered pair of students: at each ε the images (%) proved for the first, and those that stay open."""
+    rows, cells, best = table.set_index(["student", "rival", "eps"]), {}, {}
+    pairs = list(dict.fromkeys(zip(table["student"], table["rival"], strict=True)))
+    title = "images (%) on which it is proved [open] at ε"
+    for eps in dict.fromkeys(table["eps"]):
+        there = [rows.loc[(*pair, eps)] for pair in pairs]
+        cells[title, eps] = [f"{row['proved']:.1f} [{row['open']:.1f}]" for row in there]
+        best[title, eps] = [row["proved"] > row["lost"] for row in there]
+    return _frames(cells, best, pd.Index([f"{one} nearer to RT than {other}" for one, other in pairs], name="pair"))
 
 
 def _layout_auto_attack(table: pd.DataFrame):
