@@ -84,6 +84,7 @@ def frozen(networks: dict[str, nn.Module], dtype: torch.dtype, x: Tensor) -> Fro
     return Frozen(copies, dtype, nullcontext() if uniform and dtype != torch.float64 else Precision(dtype))
 
 
+@torch.no_grad()  # else a scripted network's copied weights are no leaves
 def _copy(network: nn.Module, name: str) -> nn.Module:
     """A frozen copy; of weights that a hook has computed (pruning, weight norm), which forbid it, their values."""
     computed = [

@@ -111,7 +111,7 @@ def test_clip_keeps_inputs_valid():
 def test_convolutions_are_climbed_on_blocks_and_the_ball_stays_the_same():
     p = params.load("cifar10")
     nets = [models.build(a, (3, 32, 32), seed=0) for a in (p.models.student, p.models.teacher)]
-    x = torch.rand(4, 3, 32, 32)
+    x = 0.2 + 0.6 * torch.rand(4, 3, 32, 32)
     clip = tuple(torch.tensor(ends).view(3, 1, 1) for ends in ([0.1, 0.0, 0.2], [0.9, 1.0, 0.8]))
     fast, blocks, inside, back = fastest((nets[0], None, nets[1]), x, clip)
     assert fast[1] is None and blocks.shape == (4, 12, 16, 16) and torch.equal(back(blocks), x)
