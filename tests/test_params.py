@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,10 @@ from faithkd.errors import FaithkdError
 from faithkd.reproduce.params import ParamsError, Ratio
 
 PROFILES = ["cifar10", "digits", "fashion_mnist", "mnist", "smoke"]
+
+
+def described(p) -> pandas.DataFrame:
+    return pandas.DataFrame(params.describe(p), columns=["name", "value", "reason"])
 
 
 def refusal(profile="mnist", overrides=None) -> str:
@@ -44,8 +49,7 @@ def edit(home, old, new):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_value_of_every_profile_has_a_reason(profile):
     p = params.load(profile)
-    table = params.describe(p)
-    assert list(table.columns) == ["name", "value", "reason"]
+    table = described(p)
     assert len(table) > 50 and table.name.is_unique
     assert list(table.name[table.reason.str.len() < 2]) == []
     assert p.profile == p.name == profile and p.overrides == {}
@@ -131,7 +135,7 @@ def test_overrides_of_all_forms():
 
 
 def test_an_override_shows_in_the_table():
-    table = params.describe(params.load("mnist", {"train.epochs": 2})).set_index("name")
+    table = described(params.load("mnist", {"train.epochs": 2})).set_index("name")
     assert table.value["train.epochs"] == "2"
     assert table.reason["train.epochs"] == "override (profile: 64; §A.1)"
     assert table.reason["train.patience"] == "§A.1"
@@ -141,7 +145,7 @@ def test_histograms_may_be_given_whole_or_one_by_one():
     whole = params.load("digits", ["evaluate.histograms={fig2: 7}"])
     assert whole.evaluate.histograms == {"fig2": 7}
     assert params.load("digits", ["evaluate.histograms.fig2=7"]).evaluate.histograms == {"fig2": 7, "fig3": 1}
-    reasons = params.describe(whole).set_index("name").reason
+    reasons = described(whole).set_index("name").reason
     assert reasons["evaluate.histograms.fig2"].startswith("override (profile: 0;")
 
 
