@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from faithkd import attacks
 from faithkd.attacks import Clip, fastest, search
-from faithkd.bounds.network import ball, check_images, prepare_pair
+from faithkd.bounds.graph import check_images, outer_ball, prepare_pair
 from faithkd.errors import FaithkdError
 from faithkd.losses import cross_entropy, kl
 from faithkd.models import together
@@ -69,7 +69,7 @@ def empirical_lower_bound(
     """
     images = check_images(x)
     prepare_pair(teacher, student, images)
-    ball(images, eps, clip)  # the same refusals as the upper bound's, for eps and clip too
+    outer_ball(images, eps, clip)  # the same refusals as the upper bound's, for eps and clip too
     if steps < 1 or restarts < 1:
         raise FaithkdError(f"steps and restarts must be at least 1, not steps={steps}, restarts={restarts}")
     teacher, student = _frozen(teacher, x), _frozen(student, x)
@@ -199,7 +199,7 @@ def auto_attack(
     where *our* network errs after a projection to *our* ball, rounded inwards. Source: Croce and Hein (2020).
     """
     images = check_images(x)
-    ball(images, eps, clip)  # the same refusals as everywhere, for eps and clip
+    outer_ball(images, eps, clip)  # the same refusals as everywhere, for eps and clip
     network, eps = _frozen(network, x), float(eps)
     holds, witnesses = predictions(network, x) == y, x.clone()
     if not eps or not holds.any():

@@ -1,12 +1,12 @@
 """Upper bounds of the faithfulness gap delta* = max ||f_t(x') - f_s(x')||_inf over the ball B_eps(x) (§4.2).
 
-Read in this order: `network` (what is accepted), `linear` (intervals, CROWN and alpha-CROWN; `patches` only makes it
-faster), `softmax` (eqs 10 and 11), `programs`, `solvers`, `exact` (LP and MILP, eqs 8 to 11); past the paper, `joint`
-(both networks see the same image), `tree`, `apart`, `branch` (branch and bound), `agreement`; and `ladder`, which
-climbs from one to the next.
+Read in this order: `graph` (any network as a list of operators), `operators` (all that is known of each kind), `linear`
+(intervals, CROWN and alpha-CROWN; `patches` only makes it faster), `softmax` (eqs 10 and 11), `programs`, `solvers`,
+`exact` (LP and MILP, eqs 8 to 11); past the paper, `domains` (parts of a ball), `joint` (both networks see the same image),
+`alone`, `search` (branch and bound), `agreement`; and `methods`, which climbs from one to the next.
 """
 
-from faithkd.bounds.ladder import (
+from faithkd.bounds.methods import (
     ALONE,
     CERTIFIED,
     LADDER,
