@@ -51,7 +51,7 @@ class Table:
 @dataclass(frozen=True)
 class Domain(Table):
     """Parts of balls: the number of each one's `image`, and by network q (0: the teacher, 1: the student) and ReLU node
-    k, `boxes[q][k]` of its input, each `(D, *shape)`, and `phases[q][k]`: 1 split and on, -1 split and off, 0 not split.
+    k `boxes[q][k]` of its input, each `(D, *shape)`, and `phases[q][k]`: 1 split and on, -1 split and off, 0 neither.
 
     `input`: boxes of the image, None where each is its image's whole ball: they are large.
     """
@@ -184,7 +184,9 @@ def rank_in(group: Tensor, value: Tensor) -> Tensor:
     return rank
 
 
-def loose_units(root: Root, lines: list[Lines], slopes: Slopes, trace: Slopes, x: Tensor) -> tuple[Slopes, Slopes, Tensor]:
+def loose_units(
+    root: Root, lines: list[Lines], slopes: Slopes, trace: Slopes, x: Tensor
+) -> tuple[Slopes, Slopes, Tensor]:
     """By ReLU node: how much each unit's lines lose at x, and its score, `(B, units)`; and the lines' logits at x."""
     gaps, scores, found, splits = {}, {}, [x], root.network.splits
     for k, node in enumerate(root.network.nodes):
@@ -241,7 +243,7 @@ def meet(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rebox(roots: tuple[Root, ...], domains: Domain, splits: Splits) -> Tensor:
-    """Boxes behind what was split, computed anew in place with the slopes of the whole ball; which domains are empty."""
+    """Boxes behind what was split, computed anew in place with the slopes of the whole ball; who is empty, `(D,)`."""
     empty = torch.zeros(len(splits.unit), dtype=torch.bool)
     for root in roots:
         for k, (lower, upper) in domains.boxes[root.q].items():

@@ -21,14 +21,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from faithkd.bounds.descent import Range, minimise
 from faithkd.bounds.domains import ROUNDING, Domain, Root, Table, ball_of, lines_of, logit_size, mapped
 from faithkd.bounds.graph import Network
-from faithkd.bounds.linear import Dual, Slopes, minimise, over_ball, pull
+from faithkd.bounds.linear import Dual, Slopes, over_ball, pull
 from faithkd.bounds.operators import Box, Lines
 
-RATES = {"w": 0.25, "k": 0.25, "s": 0.25, "cut": 0.05, "slopes": 0.25, "push": 0.05}
+RANGES = {  # of all that is free
+    "w": Range(0.25),
+    "k": Range(0.25, -12, 2),  # neither 0 nor huge
+    "s": Range(0.25),
+    "cut": Range(0.05),
+    "slopes": Range(0.25, 0, 1),
+    "push": Range(0.05, 0),
+}
 FALL = 0.9
-LIMITS = {"slopes": (0, 1), "push": (0, None), "k": (-12, 2)}  # ln k: neither 0 nor huge
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ def forms(rows: Row, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dual(rows: Row, domains: Domain, q: int) -> Dual:
-    """The slopes of network q, and what fixed phases add to its rows: multiplier times z >= 0, or times -z where z <= 0.
+    """The slopes of network q, and what fixed phases add to its rows: a multiplier times z >= 0 or times -z >= 0.
 
     `domains`: that of each row.
     """
@@ -209,15 +216,11 @@ def tighten(roots: tuple[Root, Root], domains: Domain, rows: Row, steps: int) ->
     now = {name: part.float() for name, part in rows.free().items()}
     rough, rough_rows = at.rough(), mapped(lambda part: part.float() if part.is_floating_point() else part, rows)
 
-    def project() -> None:
-        for (kind, *_), part in now.items():
-            if kind in LIMITS:
-                part.clamp_(*LIMITS[kind])
-
-    rates = {name: RATES[name[0]] for name in now}
-    kept = minimise(lambda free: bound(rough, rough_rows.having(free))[0], now, steps, project, rates, FALL)
+    ranges = {name: RANGES[name[0]] for name in now}
+    kept = minimise(lambda free: bound(rough, rough_rows.having(free))[0], now, steps, ranges, FALL)
     value, form = bound(at, rows.having({name: part.double() for name, part in kept.items()}))
-    rows = rows.having({name: part.to(before) for (name, part), before in zip(kept.items(), rows.free().values(), strict=True)})
+    before = rows.free()
+    rows = rows.having({name: part.to(before[name]) for name, part in kept.items()})
     rows = replace(rows, value=torch.minimum(value, rows.value)).capped()
     return rows, torch.where(form > 0, at.box[1], at.box[0])
 

@@ -1,7 +1,7 @@
 """Interval arithmetic and linear bounds (CROWN, alpha-CROWN) through a whole network, in float64, rounded outwards.
 
-`bounds` is a list of boxes: `bounds[p] = (lower, upper)`, each `(N, *shape)`, holds everything that can stand at place p
-when the input moves in the ball `bounds[0]`; the last box is that of the logits. `lines[k]` holds node k between two
+`bounds` is a list of boxes: `bounds[p] = (lower, upper)`, each `(N, *shape)`, holds all that can stand at place p when
+the input moves in the ball `bounds[0]`; the last box is that of the logits. `lines[k]` holds node k between two
 linear functions. `pull` carries linear forms ("rows") back through all lines to the input, where `over_ball` takes
 their maximum. `operators` says how rounding is accounted for.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from faithkd.bounds import patches
+from faithkd.bounds.descent import Range, minimise
 from faithkd.bounds.graph import Network
 from faithkd.bounds.operators import Box, Lines, dot, gamma
 
@@ -131,51 +132,9 @@ def descend(
     def value_of(slopes: Slopes) -> Tensor:
         return backward(*rough, slopes)
 
-    kept = minimise(value_of, now, steps, project=lambda: [part.clamp_(0, 1) for part in now.values()])
+    kept = minimise(value_of, now, steps, {k: Range(RATE, 0, 1) for k in now}, FALL)
     kept = {k: part.double() for k, part in kept.items()}
     return backward(network, lines, box, rows, at, kept), kept
-
-
-def minimise(value_of, now: dict, steps: int, project, rates: dict | None = None, fall: float = FALL) -> dict:
-    """The entries of `now`, tensors that begin with the shape of `value_of(now)`, where that was smallest on a descent.
-
-    `project` brings them back to what is allowed, in place; `rates`: first step of each, falling each time.
-    """
-    kept, value = {name: part.clone() for name, part in now.items()}, math.inf
-    adam = Adam(list(now.values()))
-    for step in range(steps + 1):
-        for part in now.values():
-            part.requires_grad_(step < steps)
-        with torch.enable_grad():
-            found = value_of(now)
-            if step < steps:
-                gradients = torch.autograd.grad(found[found.isfinite()].sum(), list(now.values()))
-        found = found.detach()
-        better = found < value
-        value = torch.where(better, found, value)
-        for name, part in now.items():
-            kept[name][better] = part.detach()[better]
-        if step < steps:
-            sizes = [(RATE if rates is None else rates[name]) * fall**step for name in now]
-            adam.step([part.nan_to_num(0.0) for part in gradients], sizes)
-            project()
-    return kept
-
-
-class Adam:
-    """Kingma & Ba (2015) in place. Not torch.optim's, whose import takes longer than a student's first bound."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters, self.count = parameters, 0
-        self.moments = [(torch.zeros_like(part), torch.zeros_like(part)) for part in parameters]
-
-    def step(self, gradients: list[Tensor], rates: list[float]) -> None:
-        self.count += 1
-        for part, gradient, rate, (first, second) in zip(self.parameters, gradients, rates, self.moments, strict=True):
-            first.mul_(0.9).add_(gradient, alpha=0.1)
-            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            size = (second / (1 - 0.999**self.count)).sqrt_().add_(1e-12)
-            part.detach_().addcdiv_(first, size, value=-rate / (1 - 0.9**self.count))
 
 
 def crown(

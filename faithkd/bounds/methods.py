@@ -1,6 +1,5 @@
 """The ladder of methods: each bound is the smallest of all computed on the way to it."""
 
-import difflib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from faithkd import attacks, parallel
+from faithkd import arguments, attacks, parallel
 from faithkd.bounds import agreement as agreements
 from faithkd.bounds import search
 from faithkd.bounds.domains import Root, root
@@ -86,31 +85,19 @@ class Choices:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("method", self.method, METHODS)
-        check_choice("solver", self.solver, ("highs", "gurobi", "auto"))
-        check_count("max_nodes", self.max_nodes)
-        check_count("nodes", 1 if self.nodes is None else self.nodes)
-        for name, value in (("budget", self.budget), ("tolerance", self.tolerance)):
-            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-            if not number and not (name == "budget" and value is None):
-                raise FaithkdError(f"{name} must be a finite number >= 0, not {value!r}")
+        arguments.choice("method", self.method, METHODS)
+        arguments.choice("solver", self.solver, ("highs", "gurobi", "auto"))
+        arguments.whole("max_nodes", self.max_nodes)
+        arguments.random_seed(self.seed)
+        arguments.number("tolerance", self.tolerance)
+        for name in ("nodes", "jobs"):
+            if getattr(self, name) is not None:
+                arguments.whole(name, getattr(self, name))
+        if self.budget is not None:
+            arguments.number("budget", self.budget)
         if self.agreement and "alpha-crown" not in LADDER[self.method]:
             able = ", ".join(name for name, rungs in LADDER.items() if "alpha-crown" in rungs)
             raise FaithkdError(f"agreement=True is for the methods {able}, not {self.method}; or certified_agreement()")
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuse what is no whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise FaithkdError(f"{name} must be a whole number >= 1, not {value!r}")
-
-
-def check_choice(what: str, given: str, known) -> None:
-    """Refuse an unknown name with the nearest known one."""
-    if given not in known:
-        near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
-        meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise FaithkdError(f"unknown {what} {given!r}: choose one of {', '.join(known)}{meant}")
 
 
 @dataclass(frozen=True)
@@ -161,11 +148,11 @@ def faithfulness_upper_bound(
 ) -> UpperBound:
     """FaithUB of each image: certified to be at least ||f_t(x') - f_s(x')||_inf on all of B_eps(x), eq. (11).
 
-    `teacher`, `student`: modules of known operations (`graph`), returning logits `(N, C)`. `x`: `(N, *image)` in the networks' input space; `eps`: radius in the same units; `clip`: `(low,
-    high)`, the range of valid images, broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and
-    milp): "highs", "gurobi", or "auto", Gurobi where its licence is large enough. `max_nodes` (milp):
-    branch-and-bound nodes per logit difference; where they run out, the bound reached by then is used, and the
-    status says so.
+    `teacher`, `student`: torch modules of known operations (`reading`), returning logits `(N, C)`. `x`: `(N, *image)` in
+    the networks' input space; `eps`: radius in the same units; `clip`: `(low, high)`, the range of valid images,
+    broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and milp): "highs", "gurobi", or "auto", Gurobi where
+    its licence is large enough. `max_nodes` (milp): branch-and-bound nodes per logit difference; where they run out,
+    the bound reached by then is used, and the status says so.
 
     bab and best: an image is finished when its bound is within `tolerance` of a difference that is attained, or when
     `nodes` parts of its ball were made, or after `budget` seconds per image, whichever comes first; only nodes
@@ -200,16 +187,18 @@ def faithfulness_upper_bounds(
 
 def spread_out(teacher: nn.Module, students: list, balls: Balls, choices: Choices) -> list[UpperBound]:
     """Check everything, then `bounded`: "best" in several processes, all else in this one."""
-    for student in students:
-        prepare_pair(teacher, student, balls.x)
+    networks = [prepare(teacher, tuple(balls.x.shape[1:]), "teacher")]
+    networks += [prepare(student, tuple(balls.x.shape[1:]), "student") for student in students]
+    for network in networks:
+        arguments.same_classes(networks[0].classes, network.classes)
     count = min(parallel.jobs() if choices.jobs is None else choices.jobs, len(balls))
     if choices.method != "best" or count <= 1:
-        return bounded(teacher, students, balls, choices)
+        return bounded(networks, balls, choices)
     # a process alone has the time of all of them
     budget = None if choices.budget is None else choices.budget * count
     share = replace(choices, budget=budget, progress=False)
     pieces = torch.arange(len(balls)).split(min(PIECE, math.ceil(len(balls) / count)))
-    calls = [partial(bounded, teacher, students, balls[some], share) for some in pieces]
+    calls = [partial(bounded, networks, balls[some], share) for some in pieces]
     done = [None] * len(calls)
     with progress_bar(choices, len(balls)) as bar:
         for place, found in parallel.run(calls, count, sample=0.0):
@@ -234,15 +223,13 @@ def joined(parts: Sequence[UpperBound]) -> UpperBound:
     return UpperBound(method=parts[0].method, **columns)
 
 
-def bounded(teacher: nn.Module, students: list, balls: Balls, choices: Choices) -> list[UpperBound]:
-    """`faithfulness_upper_bounds` of checked arguments, in this process."""
-    guide = prepare(teacher, tuple(balls.x.shape[1:]), "teacher")
-    others = [prepare_pair(teacher, student, balls.x)[1] for student in students]
-    first, *rest = [bounder(network, min(q, 1), choices) for q, network in enumerate((guide, *others))]
+def bounded(networks: list[Network], balls: Balls, choices: Choices) -> list[UpperBound]:
+    """`faithfulness_upper_bounds` of a teacher and its students, in this process."""
+    first, *rest = [bounder(network, min(q, 1), choices) for q, network in enumerate(networks)]
     parts = []
     with progress_bar(choices, len(balls)) as bar:
         # the same pieces for every method, so that the ladder of methods holds to the last bit
-        for some in image_chunks((guide, *others), len(balls)) or (torch.arange(0),):
+        for some in image_chunks(tuple(networks), len(balls)) or (torch.arange(0),):
             begin, mine = time.monotonic(), balls[some]
             alone = first(*mine.box)
             spent = time.monotonic() - begin
@@ -414,7 +401,7 @@ def difference_bounds(
     Minima follow by antisymmetry: min (z_j - z_i) = -result[n, j, i]. +inf where nothing could be certified.
     Arguments and errors as in `faithfulness_upper_bound`; methods up to "milp", which look at one network.
     """
-    check_choice("method", method, [name for name in METHODS if "joint" not in LADDER[name]])
+    arguments.choice("method", method, [name for name in METHODS if "joint" not in LADDER[name]])
     choices, balls = Choices(method, solver, max_nodes), Balls.around(x, eps, clip)
     prepared = prepare(network, tuple(balls.x.shape[1:]))
     bound = bounder(prepared, 0, choices)
@@ -441,7 +428,7 @@ def certified_agreement(
     The mean is a certified lower bound of the distillation agreement, Def. 3. `nodes`: into how many parts the ball is
     split at most, for each network. Other arguments and errors as in `faithfulness_upper_bound`.
     """
-    check_count("nodes", nodes)
+    arguments.whole("nodes", nodes)
     balls = Balls.around(x, eps, clip)
     pair = prepare_pair(teacher, student, balls.x)
     holds = torch.zeros(len(balls), dtype=torch.bool)

@@ -80,7 +80,7 @@ def maximum(patches: Patches, coefficients: Tensor, at_middle: Tensor, radius: T
 def over_ball(network: Network, line: Lines, box: Box, rows: Tensor, weights: Tensor | None) -> Tensor:
     """Certified maximum over the ball of rows on the first max-pool's output: `(N, R, *shapes[2])` to `(N, R)`.
 
-    `linear.pull` through the two nodes before it and `linear.over_ball` in one. `line`: the pool's; `weights`: its slopes.
+    `linear.pull` through two nodes and `linear.over_ball` in one. `line`: the pool's; `weights`: its slopes.
     """
     pieces, (conv, pool) = patches(network), (node.operator for node in network.nodes[:2])
     lower, upper = box

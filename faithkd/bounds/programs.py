@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from faithkd.bounds.graph import Network
+from faithkd.bounds.layers import Add
 from faithkd.bounds.linear import Slopes
-from faithkd.bounds.operators import Add, Affine, Box, Lines, MaxPool2d, Operator, ReLU, Shape, View
+from faithkd.bounds.operators import Affine, Box, Lines, MaxPool2d, Operator, ReLU, Shape, View
 
 Setter = Callable[[Tensor, Tensor], None]  # gives a node's parameters their values, from the box of its input
 

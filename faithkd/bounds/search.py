@@ -8,7 +8,6 @@ the search is stopped; a leaf at or below the image's lower bound needs no more 
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,12 +84,11 @@ def certify(
     tolerance: float,
     nodes: int,
     deadline: float = math.inf,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Leaves, Tensor]:
     """The whole search from `start`, on each network `alone` and on the joint rows by turns: both say what they can.
 
     What one of them gained in the last round decides on its share of the next one, image by image. Returns the leaves
-    and the number of parts made per image. `watch` sees the bounds `(N,)` and these numbers after every round.
+    and the number of parts made per image.
     """
     trees, whole_roots = [alone.plant(root) for root in roots], roots
     made = torch.zeros(len(leaves.lower), dtype=torch.long)
@@ -109,8 +107,6 @@ def certify(
         gains = gains**2
         share = (gains[0] / gains.sum(0).clamp(min=1e-24)).clamp(0.05, 0.95)
         made = made + first_made + then_made
-        if watch is not None:
-            watch(leaves.upper, made)
         if not (first_made + then_made).any() or time.monotonic() > deadline:
             return leaves, made
 
@@ -152,7 +148,6 @@ def search_jointly(
     tolerance: float,
     nodes: Tensor,
     deadline: float = math.inf,
-    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Leaves, Tensor]:
     """Split the largest leaves of each image until bound - lower bound <= tolerance, or `nodes` per image are made.
 
@@ -163,8 +158,6 @@ def search_jointly(
     pair = tuple(root.network for root in roots)
     while True:
         leaves = close(leaves, tolerance)
-        if watch is not None:
-            watch(leaves.upper, made)
         busy = made < nodes
         chosen = largest_domains(leaves, busy)
         if not len(chosen) or time.monotonic() > deadline:
@@ -223,7 +216,7 @@ DOMAIN, UPPER, LOWER, NEAR, NOTHING = range(5)
 
 @dataclass(frozen=True)
 class Decision(Table):
-    """What to split for each row, `(B,)`: the `kind`; of a DOMAIN where, of a row the class j for NEAR, and `at` what."""
+    """What to split for each row, `(B,)`: a DOMAIN where, or the row itself `at` which value, for NEAR of class `label`."""
 
     kind: Tensor
     splits: Splits
@@ -232,7 +225,7 @@ class Decision(Table):
 
 
 def split(roots: tuple[Root, Root], leaves: Leaves, chosen: Tensor) -> tuple[Leaves, Row, Tensor]:
-    """Split each chosen domain, or only its largest row: the other leaves, the fresh rows, and where these are worst."""
+    """Split each chosen domain, or only its largest row: the other leaves, fresh rows, and where these are worst."""
     domains, rows = leaves.domains, leaves.rows
     largest = torch.zeros(len(domains.image), dtype=torch.bool)
     largest[chosen] = True
