@@ -13,8 +13,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from faithkd.bounds.linear import as_matrix, difference_rows
 from faithkd.bounds.graph import check_images, outer_ball
+from faithkd.bounds.linear import as_matrix, difference_rows
 from faithkd.bounds.softmax import pair_bound
 
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Nodes in an order in which they can be computed, and the shape of one image at every place, `(C,)` at the last."""
+    """Nodes in an order in which they can be computed, and the shape of one image at every place, `(C,)` last."""
 
     nodes: tuple[Node, ...]
     shapes: tuple[Shape, ...]

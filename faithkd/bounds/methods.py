@@ -148,8 +148,8 @@ def faithfulness_upper_bound(
 ) -> UpperBound:
     """FaithUB of each image: certified to be at least ||f_t(x') - f_s(x')||_inf on all of B_eps(x), eq. (11).
 
-    `teacher`, `student`: torch modules of known operations (`reading`), returning logits `(N, C)`. `x`: `(N, *image)` in
-    the networks' input space; `eps`: radius in the same units; `clip`: `(low, high)`, the range of valid images,
+    `teacher`, `student`: torch modules of known operations (`reading`), returning logits `(N, C)`. `x`: `(N, *image)`
+    in the networks' input space; `eps`: radius in the same units; `clip`: `(low, high)`, the range of valid images,
     broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and milp): "highs", "gurobi", or "auto", Gurobi where
     its licence is large enough. `max_nodes` (milp): branch-and-bound nodes per logit difference; where they run out,
     the bound reached by then is used, and the status says so.

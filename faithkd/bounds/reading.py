@@ -186,7 +186,7 @@ def plain(module: nn.Module) -> bool:
 
 
 def read(network: nn.Module, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]], list[Shape]]:
-    """The operators of a network for images of `shape`, each with the places that it reads, and the shape of each place.
+    """The operators of a network for images of `shape`, each with the places that it reads, and all places' shapes.
 
     `network` in float64 and evaluation; `name` for errors.
     """

@@ -1,9 +1,10 @@
 """Branch and bound on top of the joint rows: the bound of an image is the largest of all its leaves.
 
 A *domain* is a part of an image's ball on which some ReLUs of either network are known to be on or off (`domains`). A
-*row* (`joint`) lives in one domain, and may itself be cut where its own terms are loose: in the range of m_U or m_L, or of one difference z_j - z_r in L. So the
-leaves of an image are rows. They cover every point of the ball, both orders of the networks and every class, whenever
-the search is stopped; a leaf at or below the image's lower bound needs no more work.
+*row* (`joint`) lives in one domain, and may itself be cut where its own terms are loose: in the range of m_U or m_L, or
+of one difference z_j - z_r in L. So the leaves of an image are rows. They cover every point of the ball, both orders of
+the networks and every class, whenever the search is stopped; a leaf at or below the image's lower bound needs no more
+work.
 """
 
 import math
@@ -216,7 +217,7 @@ DOMAIN, UPPER, LOWER, NEAR, NOTHING = range(5)
 
 @dataclass(frozen=True)
 class Decision(Table):
-    """What to split for each row, `(B,)`: a DOMAIN where, or the row itself `at` which value, for NEAR of class `label`."""
+    """What to split for each row, `(B,)`: a DOMAIN where, or the row itself `at` what, for NEAR of class `label`."""
 
     kind: Tensor
     splits: Splits
