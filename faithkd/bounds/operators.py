@@ -373,11 +373,11 @@ class MaxPool2d(Operator):
     def transpose(self, rows, lines, slopes, shape):
         """Each entry of a row is spread over its window."""
         rows = rows.flatten(3)
-        positive = rows.clamp(min=0)
-        negative = rows - positive
+        constant = lines.constant(rows.clamp(min=0), rows.clamp(max=0))
         below = lines.below if slopes is None else self.allowed(slopes, lines)
-        spread = positive.unsqueeze(3) * lines.above + negative.unsqueeze(3) * below
-        return [self.gathered(spread, shape)], lines.constant(rows.clamp(min=0), negative)
+        positive = rows.clamp(min=0)
+        spread = positive.unsqueeze(3) * lines.above + (rows - positive).unsqueeze(3) * below
+        return [self.gathered(spread, shape)], constant
 
     def gathered(self, spread: Tensor, shape: Shape) -> Tensor:
         """Numbers `(..., channels, window, outputs)` added up at the places that they belong to: `(..., *shape)`."""
