@@ -4,6 +4,7 @@ $FAITHKD_JOBS is the number of processes (without it: one for each core); $FAITH
 scheduler, whose workers then do the work instead. Both go through joblib.
 """
 
+import multiprocessing
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ ADDRESS = re.compile(r"((tcp|tls|ws|wss|ucx)://)?([\w.-]+|\[[\da-fA-F:.]+\]):(\d
 KEPT = "what is finished is kept, and the same command goes on from there"
 
 _clients = {}
+_PROCESS = os.getpid()  # that imported this file
 
 
 def jobs() -> int:
@@ -95,6 +97,15 @@ def results(calls: Mapping[object, Callable[[], object]], description: str, samp
     return {name: found[place] for place, name in enumerate(calls)}
 
 
+def possible() -> bool:
+    """Whether this process should start others: not one that multiprocessing made, nor a forked one.
+
+    A daemonic process may have no children, a pool's worker has a core for itself, and what joblib keeps of its workers
+    is dead in a forked copy.
+    """
+    return multiprocessing.parent_process() is None and os.getpid() == _PROCESS
+
+
 def _spread(numbered: list, count: int, address: str | None) -> Iterator[tuple[int, object]]:
     """`run` for calls with their places, in `count` processes or on the cluster at `address`."""
     from joblib import Parallel, delayed, parallel_config
@@ -126,9 +137,10 @@ def _alone(place: int, call: Callable[[], object], parent: int | None) -> tuple[
     """One call on one thread: all cores have a call of their own, and sums come out the same everywhere."""
     import torch
 
-    if parent:
-        _follow(parent)
-    torch.set_num_threads(1)
+    if parent != os.getpid():  # joblib may have found reasons to start no process: then nothing here changes
+        if parent:
+            _follow(parent)
+        torch.set_num_threads(1)
     return place, call()
 
 

@@ -21,6 +21,7 @@ from faithkd.bounds.domains import (
     Table,
     all_odds,
     ball_of,
+    full,
     halve,
     lines_of,
     loose_units,
@@ -65,7 +66,8 @@ def search_alone(
     """The trees grown where eq. (11) is largest, and the number of domains made for each image, two `(N,)` counts.
 
     An image is finished when the bound of its worst order and class is at most `goal` `(N,)`, or when `nodes` `(N,)`
-    are made. A class whose `cap` `(N, 2, C)`, a bound found otherwise, is clearly below eq. (11) is left alone.
+    are made, or where a tree fills its ROOM. A class whose `cap` `(N, 2, C)`, a bound found otherwise, is clearly below
+    eq. (11) is left alone.
     """
     images, classes = roots[0].odds[0].shape
     made, stuck = torch.zeros(images, dtype=torch.long), torch.zeros(images, dtype=torch.bool)
@@ -73,7 +75,8 @@ def search_alone(
         odds = ranges(trees, images)
         bound = apart(odds)
         value, place = torch.where(cap < NEARLY * bound, 0.0, bound).flatten(1).max(1)
-        busy = (value > goal) & (made < nodes) & ~stuck
+        large = [full(tree.domains.image, images, tree) for tree in trees]
+        busy = (value > goal) & (made < nodes) & ~stuck & ~large[0] & ~large[1]
         if not busy.any() or time.monotonic() > deadline:
             return trees, made
         order, label = place // classes, place % classes

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds.graph import Network
-from faithkd.bounds.linear import STEPS, Slopes, crown, difference_rows, refine, row_differences
+from faithkd.bounds.linear import STEPS, Slopes, crown, difference_pairs, refine, row_differences
 from faithkd.bounds.operators import Box, Lines
 
 LATER = 2.0  # a split one ReLU layer further from the logits counts that much more: it tightens all layers behind
 BOTH = -1  # the network of a split of the input, which both networks share
 SPREAD = 1.0  # weight of a unit's whole triangle in its score, beside the gap at the worst point
+ROOM = 128 * 2**20  # bytes of one image's table, past which its search ends: with copies, a process stays below 0.5 GB
 ROUNDING = 2.0**-44  # hundreds of times what the few operations on a row's coefficients can be off by
 
 
@@ -46,6 +47,13 @@ class Table:
     def join(self, *others):
         """This table and others, one below the other."""
         return mapped(lambda *columns: torch.cat(columns), self, *others)
+
+
+def full(image: Tensor, images: int, table: Table) -> Tensor:
+    """Whether a table whose items belong to `image` takes more than ROOM for one of them: `(images,)`."""
+    sizes = []
+    mapped(lambda column: sizes.append(column.shape[1:].numel() * column.element_size()), table)
+    return torch.bincount(image, minlength=images) * sum(sizes) > ROOM
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def root(network: Network, q: int, lower: Tensor, upper: Tensor, steps: int = ST
     """alpha-CROWN of one network on each ball: the root of every tree, and a bound by itself."""
     bounds, lines, slopes = crown(network, lower, upper, steps)
     highest, found = row_differences(network, lines, bounds, steps)
-    classes, (_, pairs) = network.classes, difference_rows(network.classes)
+    classes, pairs = network.classes, difference_pairs(network.classes)
     row_slopes = {}
     for k in network.splits:
         line = lines[k]

@@ -4,7 +4,6 @@ Place 0 is the image, place k + 1 the output of node k; each node says which pla
 torch module is in `reading`.
 """
 
-import copy
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -77,7 +76,6 @@ def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
     Raises FaithkdError, with the layer's position, for anything that cannot be bounded.
     """
     arguments.network(network, name)
-    network = copy.deepcopy(network).to(device="cpu", dtype=torch.float64).eval().requires_grad_(False)
     nodes, shapes = read(network, shape, name)
     logits = shapes[-1]
     if len(logits) != 1 or logits[0] < 2:
@@ -111,7 +109,7 @@ def prepare_pair(teacher: nn.Module, student: nn.Module, x: Tensor) -> tuple[Net
 
 def check_images(x: Tensor) -> Tensor:
     """The images as float64 on the CPU, all finite, `(N, *shape)`."""
-    return arguments.images(x).to(device="cpu", dtype=torch.float64)
+    return arguments.images(x).to(device="cpu", dtype=torch.float64, copy=True)  # nor made in inference mode
 
 
 def outer_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
@@ -124,3 +122,14 @@ def outer_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor
     infinity = torch.full_like(x, math.inf)
     lower, upper = torch.nextafter(x - eps, -infinity), torch.nextafter(x + eps, infinity)
     return torch.maximum(lower, torch.minimum(low, x)), torch.minimum(upper, torch.maximum(high, x))
+
+
+def inner_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
+    """Ends of what is certainly in the ball B_eps(x) and in `clip`, each rounded inwards: where a witness may lie.
+
+    Of checked arguments. An image that leaves `clip` by rounding is moved into it, though not out of the ball.
+    """
+    # x - eps is rounded by less than one ulp, and is x itself where eps vanishes beside it
+    lower, upper = torch.nextafter(x - float(eps), x), torch.nextafter(x + float(eps), x)
+    low, high = arguments.clip_range(clip, x)
+    return torch.minimum(torch.maximum(lower, low), upper), torch.maximum(torch.minimum(upper, high), lower)

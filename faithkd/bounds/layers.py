@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faithkd.bounds.operators import Affine, Elementwise, Lines, Operator, finite, gamma, largest, pair, vars_of
+from faithkd.bounds.operators import TINY, Affine, Elementwise, Lines, Operator, finite, gamma, largest, pair, vars_of
 
 
 @dataclass(eq=False)
@@ -45,7 +45,7 @@ class Scale(Affine):
         return z * weight if bias is None else z * weight + bias
 
     def absolute(self, size):
-        return size * self.weight.abs() + (self.bias.abs() if self.size is None else self.size)
+        return size * (self.weight.abs() + TINY) + (self.bias.abs() if self.size is None else self.size) + TINY
 
     def back(self, rows, shape):
         return rows * self.weight

@@ -15,7 +15,7 @@ from torch import Tensor
 from faithkd.bounds import patches
 from faithkd.bounds.descent import Range, minimise
 from faithkd.bounds.graph import Network
-from faithkd.bounds.operators import Box, Lines, dot, gamma
+from faithkd.bounds.operators import TINY, Box, Lines, dot, gamma
 
 Slopes = dict[int, Tensor]  # by node: lower slopes of its units, one set per row
 BUDGET = 2**20  # numbers in the largest tensor of one pass (8 MB): what fits in a cache is also faster
@@ -69,6 +69,8 @@ def pull(
         shapes = (network.shapes[place] for place in node.inputs)
         parts, constant = node.operator.transpose(rows, lines[k], dual.slopes.get(k), *shapes)
         total = total + constant
+        if lines[k].noise is not None:
+            total = total + TINY * lines[k].noise.flatten(2).sum(2)
         if k in dual.push:
             parts[0] = parts[0] + dual.push[k]
         for place, part in zip(node.inputs, parts, strict=True):
@@ -92,8 +94,8 @@ class Highest(torch.autograd.Function):
         ctx.save_for_backward(rows, lower, upper)
         middle = ((lower + upper) / 2).unsqueeze(1)
         radius = torch.maximum(upper.unsqueeze(1) - middle, middle - lower.unsqueeze(1))
-        slack = gamma(2 * math.prod(middle.shape[1:])) * (middle.abs() + radius)
-        return dot(rows, middle) + dot(rows.abs(), radius + slack)
+        slack = gamma(2 * math.prod(middle.shape[1:])) * (middle.abs() + radius + TINY)
+        return dot(rows, middle) + dot(rows.abs(), radius + slack) + TINY * slack.flatten(2).sum(2)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -216,11 +218,22 @@ def widest(network: Network) -> int:
     return max(math.prod(shape) for shape in network.shapes)
 
 
-def difference_rows(classes: int) -> tuple[Tensor, Tensor]:
-    """The C(C-1) rows z_j - z_i on the logits, `(C(C-1), C)`, and their places (i, j), `(C(C-1), 2)`."""
-    pairs = (~torch.eye(classes, dtype=torch.bool)).nonzero()
-    unit = torch.eye(classes, dtype=torch.float64)
-    return unit[pairs[:, 1]] - unit[pairs[:, 0]], pairs
+def difference_pairs(classes: int, numbers: Tensor | None = None) -> Tensor:
+    """The places (i, j) of the C(C-1) differences z_j - z_i, or of those with these numbers: `(..., 2)`."""
+    numbers = torch.arange(classes * (classes - 1)) if numbers is None else numbers
+    i, j = numbers // (classes - 1), numbers % (classes - 1)
+    return torch.stack([i, j + (j >= i)], 1)
+
+
+def difference_rows(classes: int, numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The rows z_j - z_i on the logits, `(..., C)`, and their places (i, j), as in `difference_pairs`.
+
+    All C(C-1) of them take C^3 numbers, 8 GB for 1,000 classes.
+    """
+    pairs = difference_pairs(classes, numbers)
+    rows = torch.zeros(len(pairs), classes, dtype=torch.float64)
+    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64).expand(len(pairs), 2)
+    return rows.scatter_(1, pairs, signs), pairs
 
 
 def as_matrix(values: Tensor, pairs: Tensor, classes: int) -> Tensor:
@@ -247,12 +260,13 @@ def row_differences(
 
     With `steps` by descent from `slopes`, `(1 or N, C(C-1), *shapes[k])`; the ones found come back.
     """
-    rows, pairs = difference_rows(network.classes)
+    pairs = difference_pairs(network.classes)
     n, last = len(bounds[0][0]), len(network.nodes)
     found, used = [], []
-    for chunk in torch.arange(len(rows)).split(max(1, BUDGET // (max(n, 1) * widest(network)))):
+    for chunk in torch.arange(len(pairs)).split(max(1, BUDGET // (max(n, 1) * widest(network)))):
         mine = {k: part[:, chunk] for k, part in (slopes or {}).items()}
-        value, kept = descend(network, lines, bounds[0], rows[chunk].expand(n, -1, -1), last, steps, mine)
+        rows, _ = difference_rows(network.classes, chunk)
+        value, kept = descend(network, lines, bounds[0], rows.expand(n, -1, -1), last, steps, mine)
         found.append(value)
         used.append(kept)
     slopes = {k: torch.cat([part[k] for part in used], 1) for k in used[0]}

@@ -14,10 +14,10 @@ from faithkd import arguments, attacks, parallel
 from faithkd.bounds import agreement as agreements
 from faithkd.bounds import search
 from faithkd.bounds.domains import Root, root
-from faithkd.bounds.graph import Network, check_images, outer_ball, prepare, prepare_pair
+from faithkd.bounds.graph import Network, check_images, inner_ball, outer_ball, prepare, prepare_pair
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.operators import Box
-from faithkd.bounds.softmax import pair_bound
+from faithkd.bounds.softmax import pair_bound, softmax_interval
 from faithkd.errors import FaithkdError
 
 METHODS = {
@@ -102,32 +102,29 @@ class Choices:
 
 @dataclass(frozen=True)
 class Balls:
-    """Images `x` `(N, *shape)`, checked, and the balls around them: `box` holds B_eps(x), cut to `clip`."""
+    """Images `x` `(N, *shape)` and the balls around them, cut to the valid images: `box` rounded outwards, for bounds,
+    `reach` inwards, for witnesses."""
 
     x: Tensor
     eps: float
-    clip: tuple | None
     box: Box
+    reach: Box
 
     @staticmethod
     def around(x: Tensor, eps: float, clip: tuple | None) -> "Balls":
         """The balls of images that may be anything yet: raises FaithkdError."""
         x = check_images(x)
-        box = outer_ball(x, eps, clip)
-        return Balls(x, float(eps), clip and tuple(torch.as_tensor(end) for end in clip), box)
+        return Balls(x, arguments.radius(eps), outer_ball(x, eps, clip), inner_ball(x, eps, clip))
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, some: Tensor) -> "Balls":
-        """Some of them: only ends of `clip` that differ between images are cut."""
-        x, whole = self.x, len(self.x) > 1
-        clip = self.clip and tuple(
-            end[some] if whole and end.ndim == x.ndim and len(end) == len(x) else end for end in self.clip
-        )
-        return Balls(x[some], self.eps, clip, tuple(end[some] for end in self.box))
+        """Some of them."""
+        return Balls(self.x[some], self.eps, *(tuple(end[some] for end in box) for box in (self.box, self.reach)))
 
 
+@torch.inference_mode(False)  # descent needs gradients
 def faithfulness_upper_bound(
     teacher: nn.Module,
     student: nn.Module,
@@ -156,8 +153,9 @@ def faithfulness_upper_bound(
 
     bab and best: an image is finished when its bound is within `tolerance` of a difference that is attained, or when
     `nodes` parts of its ball were made, or after `budget` seconds per image, whichever comes first; only nodes
-    repeat exactly (1,000 where neither is given). "best" begins with PGD from `seed`, and works in `jobs` processes
-    (without: $FAITHKD_JOBS, or one for each core), so that its budget is wall-clock time.
+    repeat exactly (1,000 where neither is given). An image also stops where its parts fill `domains.ROOM` bytes.
+    "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
+    that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
 
@@ -169,6 +167,7 @@ def faithfulness_upper_bound(
     return spread_out(teacher, [student], Balls.around(x, eps, clip), choices)[0]
 
 
+@torch.inference_mode(False)  # descent needs gradients
 def faithfulness_upper_bounds(
     teacher: nn.Module,
     students: Sequence[nn.Module],
@@ -192,7 +191,7 @@ def spread_out(teacher: nn.Module, students: list, balls: Balls, choices: Choice
     for network in networks:
         arguments.same_classes(networks[0].classes, network.classes)
     count = min(parallel.jobs() if choices.jobs is None else choices.jobs, len(balls))
-    if choices.method != "best" or count <= 1:
+    if choices.method != "best" or count <= 1 or not parallel.possible():
         return bounded(networks, balls, choices)
     # a process alone has the time of all of them
     budget = None if choices.budget is None else choices.budget * count
@@ -262,6 +261,8 @@ def of_pair(both: list["Alone"], balls: Balls, choices: Choices, begin: float) -
         late = ends and values[n] > ends["lower"][n] + choices.tolerance
         said = notes[n] + ([f"stopped at {int(ends['nodes'][n])} nodes"] if late else [])
         status.append("; ".join(dict.fromkeys(said)) or CERTIFIED if good else NOT_FINITE)
+    if ends:
+        ends["lower"] = kept_below(pair, ends["lower"], ends["witnesses"], values)
     if choices.agreement:
         # nothing is left to be proved where a disagreement is known
         known = ends.get("witnesses", balls.x)
@@ -333,7 +334,7 @@ def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[l
 
 def attained(pair: tuple[Network, Network], balls: Balls, choices: Choices) -> tuple[Tensor, Tensor]:
     """A difference that is attained in each ball, `(N,)`, and where: at x, for "best" where PGD finds more (§4.1)."""
-    x = balls.x
+    x = search.clip(balls.x, *balls.reach)
     if choices.method != "best" or not len(x):
         return search.gap(pair, x), x
     exact = bool((x.float().double() == x).all())
@@ -351,11 +352,23 @@ def attained(pair: tuple[Network, Network], balls: Balls, choices: Choices) -> t
         step_size=2.5 * balls.eps / 50,
         restarts=5,
         generator=torch.Generator().manual_seed(choices.seed),
-        clip=balls.clip,
+        clip=tuple(end.float() if exact else end for end in balls.reach),
     )
-    # the attack rounds its ball inwards in float32; in float64 its ends may lie half an ulp outside
-    witnesses = witnesses.double() if exact else search.inside(witnesses, *balls.box)
+    witnesses = search.clip(witnesses.double(), *balls.reach)
     return search.gap(pair, witnesses), witnesses
+
+
+def kept_below(pair: tuple[Network, Network], lower: Tensor, witnesses: Tensor, upper: Tensor) -> Tensor:
+    """The differences at the witnesses, as float64 has them, and never above what is certified.
+
+    That the certificates are right is asserted of the real functions, whose values at a point lie in certified ranges:
+    float64's own may be off by anything where large logits cancel.
+    """
+    ends = [softmax_interval(box_differences(*interval(network, witnesses, witnesses)[-1])) for network in pair]
+    least = torch.maximum(ends[0][0] - ends[1][1], ends[1][0] - ends[0][1]).amax(1) - 2.0**-52
+    if (least > upper).any():
+        raise AssertionError("an upper bound lies below a difference that is attained: please report it")
+    return torch.minimum(lower, upper)
 
 
 def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choices: Choices, begin: float) -> dict:
@@ -370,8 +383,7 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     left = finite.nonzero()[:, 0]
     for some in left.split(max(1, min(PIECE, int(PARTS / max(expected, 1))))) if len(left) else ():
         roots = tuple(part.root.at(some) for part in both)
-        middle = (balls.box[0][some] + balls.box[1][some]) / 2
-        leaves = search.start(roots, middle, lower[some], witnesses[some])
+        leaves = search.start(roots, balls[some].reach, lower[some], witnesses[some])
         whole["joint"][some] = leaves.upper
         if "bab" in whole:
             now = time.monotonic()
@@ -386,6 +398,7 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     return {"rungs": whole, "lower": lower, "witnesses": witnesses, "nodes": made}
 
 
+@torch.inference_mode(False)  # descent needs gradients
 def difference_bounds(
     network: nn.Module,
     x: Tensor,
@@ -414,6 +427,7 @@ def difference_bounds(
     return found
 
 
+@torch.inference_mode(False)  # descent needs gradients
 def certified_agreement(
     teacher: nn.Module,
     student: nn.Module,

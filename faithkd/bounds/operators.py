@@ -4,11 +4,17 @@ An operator takes tensors `(N, *shape)` and says four things: its value, `interv
 its inputs, rounded outwards), `relax` (lines that hold it on such a box) and `transpose` (rows on its output as rows on
 its inputs). A new kind is one class here, one line in each table of `graph`, and one line in tests/laws.
 
-Rounding. A sum of n products, in whatever order, is off by at most gamma(n) times the sum of the absolute values. So
-every step adds that much to the bound: gamma times |row| . size, where `size` bounds the absolute terms that the
-operator sums up over its certified box. gamma has room for a few roundings more: those of the coefficients of a row,
-and of rows added up where one value has several readers. What is certified is the network as a function of real numbers
-with exactly these weights; a float32 evaluation of it has its own rounding on top.
+Rounding. A float64 product is a b (1 + d) + e with |d| <= 2^-53, and |e| <= tiny (1 + |a| + |b|) is what underflow
+loses, tiny = 2^-1022, also where a processor takes all subnormal numbers for 0; a sum is off in the same way. So a
+sum of n products, in whatever order, is off by at most gamma(n) sum |a| |b| + 2 tiny sum (1 + |a| + |b|). Write t for
+TINY. As gamma t^2 > 2^-650 is far above tiny, that is less than gamma sum (|a| + t) (|b| + t): one formula for both,
+none of whose terms can underflow. A row r on the outputs of z -> W z + b is carried back to r W, each entry of which
+is off by that much, which counts |z| <= size times; so the step adds gamma (|r| + t) . (|W| + t) (size + t), and as
+much for b. This is |r| . noise + t sum noise with `noise` = gamma (|W| + t) (size + t) + gamma (|b| + t), where `size`
+bounds |z| over the certified box of the input; at most gamma t^3 > 2^-950 small, it cannot underflow either. Other
+operators have a noise of their own, of the same form. gamma has room for a few roundings more: those of a row's
+coefficients, and of rows added up where one value has several readers. What is certified is the network as a function
+of real numbers with exactly these weights; a float32 evaluation of it has its own rounding on top.
 """
 
 import copy
@@ -23,16 +29,20 @@ from faithkd.errors import FaithkdError
 
 Box = tuple[Tensor, Tensor]
 Shape = tuple[int, ...]
+TINY = 2.0**-300  # t above: nothing beside numbers of any use, its cube far from underflow; 0 in float32
 
 
 def gamma(terms: int) -> float:
-    """Relative rounding error of a float64 sum of `terms` products, doubled to cover its own evaluation."""
+    """Relative rounding error of a float64 sum of `terms` products, doubled to cover its own evaluation.
+
+    At least 2^-48, of which TINY's proof makes use.
+    """
     return 2 * (terms + 16) * 2.0**-53
 
 
 def largest(lower: Tensor, upper: Tensor) -> Tensor:
-    """Largest absolute value in a box."""
-    return torch.maximum(lower.abs(), upper.abs())
+    """Largest absolute value in a box, and TINY."""
+    return torch.maximum(lower.abs(), upper.abs()) + TINY
 
 
 def finite(lower: Tensor, upper: Tensor) -> Box:
@@ -151,8 +161,8 @@ class Affine(Operator):
         return self.product(z, self.weight, self.bias)
 
     def absolute(self, size: Tensor) -> Tensor:
-        """|A| size + |b|, the sum of the absolute terms for inputs no larger than `size`."""
-        return self.product(size, *(None if part is None else part.abs() for part in (self.weight, self.bias)))
+        """|A| size + |b|, the absolute terms that are summed up for inputs up to `size`, each factor + TINY."""
+        return self.product(size, *(None if part is None else part.abs() + TINY for part in (self.weight, self.bias)))
 
     def interval(self, box: Box) -> Box:
         middle = (box[0] + box[1]) / 2
@@ -290,6 +300,7 @@ class ReLU(Elementwise):
         unsettled = (lower < 0) & (upper > 0)
         on = (lower >= 0).to(lower)
         slope = torch.where(unsettled, upper / (upper - lower), on)
+        slope = torch.where(unsettled & (upper - lower).isinf(), 1.0, slope)  # not 0 where the width overflows
         shift = torch.where(unsettled, -slope * lower, 0.0)
         below = torch.where(unsettled, (upper > -lower).to(lower), on)
         return slope, shift, below
@@ -352,7 +363,8 @@ class MaxPool2d(Operator):
         first, low_first = high.gather(2, best).squeeze(2), low.gather(2, best).squeeze(2)
         second = high.scatter(2, best, -math.inf).amax(2)
         decided = low_first >= second
-        slope = torch.where(decided, 1.0, (first - second) / (first - low_first))
+        wide = (first - low_first).isinf()  # where the width overflows, the slope must not become 0
+        slope = torch.where(decided | wide, 1.0, (first - second) / (first - low_first))
         return best, slope, torch.where(decided, 0.0, second - slope * low_first)
 
     def interval(self, box):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds.graph import Network
-from faithkd.bounds.operators import Box, Conv2d, Lines, MaxPool2d, gamma, largest, pair
+from faithkd.bounds.operators import TINY, Box, Conv2d, Lines, MaxPool2d, gamma, largest, pair
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def over_ball(network: Network, line: Lines, box: Box, rows: Tensor, weights: Te
         noise = gamma(terms(pieces)) * conv.absolute(largest(lower, upper)).flatten(2)[:, :, places].amax(2)
         up, down = up + noise, down + noise
         value = value - (down.flatten(1).unsqueeze(1) @ negative.flatten(1, 2)).squeeze(1)
+        value = value + TINY * down.flatten(1).sum(1, keepdim=True)
     return value + (up.flatten(1).unsqueeze(1) @ positive.flatten(1, 2)).squeeze(1)
 
 

@@ -256,7 +256,9 @@ def build(network: Network, integer: bool) -> Program:
     image = first = cp.Variable(size, bounds=[low, high])
     fill = [(0, functools.partial(assign, (low, high)))]
     constraints, pieces = [], {}
-    if not isinstance(next(node.operator for node in network.nodes if not isinstance(node.operator, View)), Affine):
+    if not isinstance(
+        next((node.operator for node in network.nodes if not isinstance(node.operator, View)), None), Affine
+    ):
         # cvxpy compiles no parameter times a variable whose own bounds are parameters
         first = cp.Variable(size)
         constraints.append(first == image)

@@ -4,6 +4,7 @@
 The two tables are the only place that knows kinds of layers.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -55,8 +56,8 @@ class Builder:
             parts.append(part)
         return self.add(Scale(*parts), z)
 
-    def apply(self, name: str, after: Shape, *arguments, **options) -> Place:
-        """The place of what an operation of OPERATIONS makes of its arguments, of the shape `after` for one image."""
+    def apply(self, name: str, after: Shape | None, *arguments, **options) -> Place:
+        """The place of what an operation of OPERATIONS makes of its arguments; the shape `after`, where it is known."""
         if name not in OPERATIONS:
             layers = ", ".join(layer.__name__ for layer in LAYERS)
             raise FaithkdError(
@@ -67,7 +68,7 @@ class Builder:
             place = OPERATIONS[name](self, after, *arguments, **options)
         except TypeError as problem:
             raise FaithkdError(f"{self.where}: {name} with these arguments cannot be bounded ({problem})") from problem
-        if self.shapes[place] != after:
+        if after is not None and self.shapes[place] != after:
             raise FaithkdError(f"{self.where}: {name} from {self.shapes[place]} to {after} cannot be bounded")
         return place
 
@@ -77,8 +78,12 @@ def simple(operator: type, builder: Builder, after: Shape, z: Place, *arguments,
     return builder.add(operator(*arguments, **options), z)
 
 
-def view(builder: Builder, after: Shape, z: Place, *_, **__) -> Place:
-    return builder.add(View(after), z)
+def view(builder: Builder, after: Shape | None, z: Place, *dims, **__) -> Place:
+    if after is None:
+        batch, *after = torch.empty(1, *builder.shapes[z]).flatten(*dims).shape
+        if batch != 1 or dims != (1, -1):
+            raise FaithkdError(f"{builder.where} must have start_dim=1, end_dim=-1 (an image, nothing of the batch)")
+    return builder.add(View(tuple(after)), z)
 
 
 def same(builder: Builder, after: Shape, z: Place, *_, **__) -> Place:
@@ -117,7 +122,7 @@ def batch_norm(builder, after, z: Place, weight, bias, mean, variance, training,
     bias = torch.zeros_like(mean) if bias is None else bias
     weight = weight / (variance + eps).sqrt()
     parts = weight, bias - mean * weight, bias.abs() + (mean * weight).abs()
-    return builder.scale(z, *(part.view(-1, *[1] * (len(after) - 1)) for part in parts))
+    return builder.scale(z, *(part.view(-1, *[1] * (len(builder.shapes[z]) - 1)) for part in parts))
 
 
 def adaptive_avg_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place:
@@ -158,7 +163,7 @@ LAYERS = {  # layers that need no tracing: their operation, and which of their a
     nn.LeakyReLU: ("leaky_relu", "negative_slope"),
     nn.Tanh: ("tanh", ""),
     nn.Sigmoid: ("sigmoid", ""),
-    nn.Flatten: ("flatten", ""),
+    nn.Flatten: ("flatten", "start_dim end_dim"),
     nn.Dropout: ("dropout", ""),
     nn.Identity: ("alias", ""),
 }
@@ -176,7 +181,8 @@ def layers(module: nn.Module, position: str = "") -> Iterator[tuple[str, nn.Modu
 
 def hooked(module: nn.Module) -> bool:
     """Whether something changes what the module's class computes: then its attributes are not all of it."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    changed = any(part in vars(module) for part in ("forward", "_call_impl", "_conv_forward", "_wrapped_call_impl"))
+    return changed or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def plain(module: nn.Module) -> bool:
@@ -188,8 +194,10 @@ def plain(module: nn.Module) -> bool:
 def read(network: nn.Module, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]], list[Shape]]:
     """The operators of a network for images of `shape`, each with the places that it reads, and all places' shapes.
 
-    `network` in float64 and evaluation; `name` for errors.
+    All in float64 on the CPU, as in evaluation; the network is left alone. `name`: for errors.
     """
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        raise FaithkdError(f"{name}: a forward hook on all modules is registered; remove it before asking for a bound")
     parts, builder, last = list(layers(network)), Builder(shape), Place(0)
     with torch.no_grad():
         if all(plain(module) for _, module in parts):
@@ -197,21 +205,20 @@ def read(network: nn.Module, shape: Shape, name: str) -> tuple[list[tuple[Operat
                 builder.where = f"{name}, layer {position} ({module})"
                 last = from_layer(builder, module, last)
         else:
-            last = from_trace(builder, network, name)
+            copied = copy.deepcopy(network).to(device="cpu", dtype=torch.float64).eval().requires_grad_(False)
+            last = from_trace(builder, copied, name)
     return builder.nodes[:last], builder.shapes[: last + 1]
 
 
 def from_layer(builder: Builder, module: nn.Module, z: Place) -> Place:
     """The place behind one layer of LAYERS."""
     operation, names = LAYERS[type(module)]
-    shape = builder.shapes[z]
-    try:
-        after = tuple(module(torch.zeros(1, *shape, dtype=torch.float64)).shape)
-    except (RuntimeError, ValueError) as problem:
-        raise FaithkdError(f"{builder.where} does not fit an input of shape {shape}: {problem}") from problem
-    if after[0] != 1:
-        raise FaithkdError(f"{builder.where} mixes the images of a batch (start_dim must be 1)")
-    return builder.apply(operation, after[1:], z, *(getattr(module, attribute) for attribute in names.split()))
+    arguments = []
+    for attribute in names.split():
+        value = attribute != "training" and getattr(module, attribute)
+        tensor = isinstance(value, Tensor)
+        arguments.append(value.detach().to(device="cpu", dtype=torch.float64, copy=True) if tensor else value)
+    return builder.apply(operation, None, z, *arguments)
 
 
 def from_trace(builder: Builder, network: nn.Module, name: str) -> Place:

@@ -24,6 +24,7 @@ from faithkd.bounds.domains import (
     Splits,
     Table,
     ball_of,
+    full,
     halve,
     lines_of,
     log_odds,
@@ -38,7 +39,8 @@ from faithkd.bounds.domains import (
 )
 from faithkd.bounds.graph import Network
 from faithkd.bounds.joint import Row, near_range
-from faithkd.bounds.linear import difference_rows, pull, row_differences
+from faithkd.bounds.linear import difference_pairs, pull, row_differences
+from faithkd.bounds.operators import Box
 
 ROOT_STEPS = 15  # of descent for the rows of the whole ball
 STEPS = 8  # of descent for the rows of a part
@@ -58,6 +60,7 @@ class Leaves:
     closed: Tensor  # largest bound of a leaf that is finished
     lower: Tensor
     witnesses: Tensor
+    reach: Box  # where witnesses may lie, `graph.inner_ball`
 
     @property
     def upper(self) -> Tensor:
@@ -69,14 +72,12 @@ class Leaves:
         return self.domains.image[self.rows.domain]
 
 
-def start(
-    roots: tuple[Root, Root], middle: Tensor, lower: Tensor, witnesses: Tensor, steps: int = ROOT_STEPS
-) -> Leaves:
+def start(roots: tuple[Root, Root], reach: Box, lower: Tensor, witnesses: Tensor, steps: int = ROOT_STEPS) -> Leaves:
     """One domain per image, the whole ball, and its 2C rows after their descent: the bound "joint"."""
-    rows = joint.all_rows(roots, tuple(root.network(middle) for root in roots))
+    rows = joint.all_rows(roots, tuple(root.network(sum(root.bounds[0]) / 2) for root in roots))
     domains = whole(roots)
     rows, _ = joint.tighten(roots, domains, rows, steps)
-    return Leaves(domains, rows, torch.zeros_like(lower), lower, witnesses)
+    return Leaves(domains, rows, torch.zeros_like(lower), lower, witnesses, reach)
 
 
 def certify(
@@ -152,32 +153,23 @@ def search_jointly(
 ) -> tuple[Leaves, Tensor]:
     """Split the largest leaves of each image until bound - lower bound <= tolerance, or `nodes` per image are made.
 
-    Also stops at `deadline` (`time.monotonic`). Every image follows its own leaves only, so that a batch gives what
-    each image alone would. Returns the leaves and the nodes made for each image.
+    Also stops where an image's leaves fill their ROOM, and at `deadline` (`time.monotonic`). Every image follows its
+    own leaves only, so that a batch gives what each image alone would. Returns the leaves and the nodes made for each.
     """
     made = torch.zeros(len(leaves.lower), dtype=torch.long)
     pair = tuple(root.network for root in roots)
     while True:
         leaves = close(leaves, tolerance)
-        busy = made < nodes
+        large = full(leaves.domains.image, len(made), leaves.domains) | full(leaves.image, len(made), leaves.rows)
+        busy = (made < nodes) & ~large
         chosen = largest_domains(leaves, busy)
         if not len(chosen) or time.monotonic() > deadline:
             return leaves, made
         leaves, fresh, x = split(roots, leaves, chosen)
         image = leaves.domains.image[fresh.domain]
         made += torch.bincount(image, minlength=len(made))
-        leaves = witness(pair, leaves, inside(x, *(end[image] for end in roots[0].bounds[0])), image)
+        leaves = witness(pair, leaves, x, image)
         leaves = replace(leaves, rows=leaves.rows.join(fresh))
-
-
-def inside(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Points of a ball moved inwards by more than its ends were rounded outwards."""
-    middle = (lower + upper) / 2
-    return (
-        middle
-        + (x - middle) * (1 - 1e-12)
-        - (x - middle).sign() * torch.minimum((x - middle).abs(), 1e-15 * (1 + x.abs()))
-    )
 
 
 def close(leaves: Leaves, tolerance: float) -> Leaves:
@@ -204,6 +196,7 @@ def largest_domains(leaves: Leaves, busy: Tensor) -> Tensor:
 def witness(pair: tuple[Network, Network], leaves: Leaves, x: Tensor, image: Tensor) -> Leaves:
     """Raise the lower bounds where a leaf's worst point `x` is an actual point of larger difference."""
     lower, witnesses = leaves.lower.clone(), leaves.witnesses.clone()
+    x = clip(x, *(end[image] for end in leaves.reach))  # a leaf's ends are rounded outwards
     found = gap(pair, x)
     best = rank_in(image, found) == 0
     better = best & (found > lower[image])
@@ -369,7 +362,7 @@ def narrow(roots: tuple[Root, Root], domains: Domain, rows: Row, network: Tensor
 
 def differences_in(root: Root, domains: Domain) -> Tensor:
     """Largest z_j - z_i of one network in each domain, `(D, C, C)`, with the slopes of the whole ball."""
-    image, (_, pairs) = domains.image, difference_rows(root.network.classes)
+    image, pairs = domains.image, difference_pairs(root.network.classes)
     bounds = [ball_of(root, domains), tuple(end[image] for end in root.bounds[-1])]
     slopes = {k: part[image][:, pairs[:, 0], pairs[:, 1]] for k, part in root.row_slopes.items()}
     highest, _ = row_differences(root.network, lines_of(root, domains), bounds, slopes=slopes)

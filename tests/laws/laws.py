@@ -34,8 +34,8 @@ class Setting:
         self.gaps = [gap(self.teacher, self.student, z) for z in self.points]
 
     def start(self, steps=3):
-        middle = (self.box[0] + self.box[1]) / 2
-        return search.start(self.roots, middle, search.gap(self.pair, self.x), self.x.clone(), steps)
+        reach = graph.inner_ball(self.x, self.eps)
+        return search.start(self.roots, reach, search.gap(self.pair, self.x), self.x.clone(), steps)
 
     def inputs(self, image, q, k):
         """What reaches node k of network q at every point of an image."""
@@ -584,7 +584,7 @@ def search_ends_at_the_truth():
         x = torch.randn(2, inputs, dtype=torch.float64)
         prepared, box = graph.prepare_pair(*pair, x), graph.outer_ball(x, eps)
         roots = tuple(domains.root(network, q, *box) for q, network in enumerate(prepared))
-        leaves = search.start(roots, x, search.gap(prepared, x), x.clone())
+        leaves = search.start(roots, graph.inner_ball(x, eps), search.gap(prepared, x), x.clone())
         leaves, made = search.certify(roots, leaves, tolerance, 1000)
         for n in range(2):
             reached = gap(*pair, points(x[n : n + 1], eps)).max()

@@ -13,7 +13,19 @@ import test_operators
 import torch
 from torch.nn import functional as F
 
-from faithkd.bounds import agreement, alone, domains, joint, layers, linear, methods, operators, patches, search, softmax
+from faithkd.bounds import (
+    agreement,
+    alone,
+    domains,
+    joint,
+    layers,
+    linear,
+    methods,
+    operators,
+    patches,
+    search,
+    softmax,
+)
 from faithkd.bounds.operators import Affine, Elementwise, Lines, MaxPool2d, ReLU, dot
 
 HERE = "here"  # replaced in its own module only, not where others have imported it
@@ -89,7 +101,9 @@ def no_reference(real, rows, size):
 
 
 def exchanged(roots, column):
-    return tuple(replace(root, **{column: getattr(other, column)}) for root, other in zip(roots, roots[::-1], strict=True))
+    return tuple(
+        replace(root, **{column: getattr(other, column)}) for root, other in zip(roots, roots[::-1], strict=True)
+    )
 
 
 def low_half(halves, splits):
