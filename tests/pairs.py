@@ -1,6 +1,8 @@
 """Small pairs of networks, the points of their balls, and what the networks make of these by torch itself."""
 
 import itertools
+import math
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -64,3 +66,18 @@ def odds(z, label):
     """Log-odds of class `label` at each of the logits `(P, C)`."""
     others = torch.cat([z[:, :label], z[:, label + 1 :]], 1)
     return z[:, label] - others.logsumexp(1)
+
+
+def chain_of_tiny_weights():
+    """A teacher whose slope underflows float64 on the way, 1e-30 twelve times before 1e30 as often; a student that is
+    always 1/2; and their difference at x = 1."""
+    layers = [nn.Linear(1, 1, bias=False) for _ in range(24)]
+    teacher = nn.Sequential(*layers, nn.Linear(1, 2, bias=False)).double()
+    student = nn.Sequential(nn.Linear(1, 2, bias=False)).double()
+    with torch.no_grad():
+        for k, layer in enumerate(layers):
+            layer.weight.fill_(1e-30 if k < 12 else 1e30)
+        teacher[-1].weight.copy_(torch.tensor([[5.0], [-5.0]]))
+        student[0].weight.zero_()
+    slope = math.prod(Fraction(layer.weight.item()) for layer in layers)
+    return teacher, student, 1 / (1 + math.exp(-10 * float(slope))) - 0.5

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from soundness import chain_of_tiny_weights, fully_connected, gap, points
+from pairs import chain_of_tiny_weights, fully_connected, gap, points
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,5 +1,5 @@
-"""What every bound must satisfy. Truth comes from points only, run through the networks by torch itself, or from rational
-numbers.
+"""What every bound must satisfy. Truth comes from points only, run through the networks by torch itself, or from
+rational numbers.
 
 `test_laws` checks the package as it is, `test_mistakes` with mistakes planted: each must fail one of these laws.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
-from pairs import case, fully_connected, gap, odds, points
+from pairs import case, chain_of_tiny_weights, fully_connected, gap, odds, points
 from torch import nn
 
 from faithkd.bounds import agreement, alone, domains, graph, joint, linear, methods, operators, patches, search, softmax
@@ -196,6 +196,65 @@ def rounding_is_outwards():
         for value, row in zip(found.tolist(), rows.tolist(), strict=True):
             exact = exact_maximum(network, boxes, lines, box, [Fraction(part) for part in row])
             assert exact <= Fraction(value) <= exact + Fraction(1e-10 * (1 + abs(value)))
+
+
+def underflow_is_outwards():
+    """Where products underflow, in whole networks and in single passes: no float bound below the exact value."""
+    teacher, student, truth = chain_of_tiny_weights()
+    for method in ("interval", "crown", "alpha-crown", "joint"):
+        found = methods.faithfulness_upper_bound(teacher, student, torch.ones(1, 1), 0.1, method=method)
+        assert found.values.item() >= truth
+    # the coefficient of x, 2e-324, is rounded to 0; what it is multiplied by is not small
+    row, weight = torch.zeros(1, 1, 2, dtype=torch.float64), 2e-104
+    row[..., 0] = 1e-220
+    layers = [nn.Linear(1, 1, bias=False), nn.Linear(1, 2, bias=False)]
+    with torch.no_grad():
+        layers[0].weight = nn.Parameter(torch.full((1, 1), 1e250, dtype=torch.float64))
+        layers[1].weight = nn.Parameter(torch.tensor([[weight], [0.0]], dtype=torch.float64))
+    network = graph.prepare(nn.Sequential(*layers), (1,))
+    box = (torch.ones(1, 1, dtype=torch.float64),) * 2
+    _, lines, _ = linear.crown(network, *box)
+    found = linear.backward(network, lines, box, row).item()
+    assert Fraction(found) >= Fraction(1e-220) * Fraction(weight) * Fraction(1e250)
+    found = linear.over_ball(row[..., :1], torch.zeros(1, 1).double(), weight * box[0], weight * box[1]).item()
+    assert Fraction(found) >= Fraction(1e-220) * Fraction(weight)
+    # patch by patch: the least of a pool, where each of its inputs may be -weight 1e250
+    conv, weight = nn.Conv2d(1, 2, 1, bias=False).double(), 2e-94
+    with torch.no_grad():
+        conv.weight.fill_(weight)
+    network = graph.prepare(nn.Sequential(conv, nn.MaxPool2d(2), nn.Flatten()), (1, 2, 2))
+    box = tuple(torch.full((1, 1, 2, 2), end, dtype=torch.float64) for end in (-1e250, 1e250))
+    _, lines, _ = linear.crown(network, *box)
+    row = torch.tensor([-1e-230, 0.0], dtype=torch.float64).view(1, 1, 2, 1, 1)
+    assert patches.patches(network) is not None
+    found = linear.backward(network, lines, box, row, 2).item()
+    assert Fraction(found) >= Fraction(1e-230) * Fraction(weight) * Fraction(1e250)
+
+
+def boxes_wider_than_float64_hold():
+    """Where upper - lower overflows, lines above are still above both ends of ReLU and max-pool."""
+    ends = torch.tensor([-1.2e308, 1.2e308], dtype=torch.float64)
+    slope, shift, _ = operators.ReLU.triangle(*ends)
+    assert (slope * ends / 4 + shift / 4 >= ends.relu() / 4).all()
+    low = ends[:1].expand(1, 1, 2, 1)
+    high = torch.tensor([1.2e308, 1e300], dtype=torch.float64).view(1, 1, 2, 1)
+    _, slope, shift = operators.MaxPool2d.chord(low, high)
+    assert (slope * ends / 4 + shift / 4 >= torch.maximum(ends, high.amin()) / 4 - 1e293).all()
+
+
+def pieces_change_nothing():
+    """Differences bounded one at a time are those of all at once, each in its place."""
+    for kind in KINDS:
+        at = Setting(kind)
+        for network in at.pair:
+            boxes, lines, _ = linear.crown(network, *at.box)
+            whole, _ = linear.row_differences(network, lines, boxes)
+            budget, linear.BUDGET = linear.BUDGET, 1
+            try:
+                pieces, _ = linear.row_differences(network, lines, boxes)
+            finally:
+                linear.BUDGET = budget
+            assert (pieces - whole).abs().max() < 1e-12
 
 
 def exact_maximum(layers, boxes, lines, box, row):
@@ -542,6 +601,11 @@ def at_random(inner, generator):
     return decide
 
 
+def inside_exactly(z, x, eps):
+    pairs = zip(z.flatten().tolist(), x.flatten().tolist(), strict=True)
+    return all(abs(Fraction(a) - Fraction(b)) <= Fraction(eps) for a, b in pairs)
+
+
 def searches_keep_every_point():
     """The invariant before and after each round of the search, with its own splits and with any others.
 
@@ -572,7 +636,7 @@ def searches_keep_every_point():
                 leaves_cover(at, leaves)
         finally:
             search.decide = inner
-        assert (leaves.witnesses - at.x).abs().max() <= at.eps
+        assert inside_exactly(leaves.witnesses, at.x, at.eps)
         assert (gap(at.teacher, at.student, leaves.witnesses) - leaves.lower).abs().max() < 1e-12
     assert kinds >= {search.DOMAIN, search.UPPER, search.LOWER, search.NEAR} and inputs
 
@@ -674,6 +738,9 @@ def wild_weights_are_trivial():
 
 LAWS = {  # and the modules that each looks at first of all
     rounding_is_outwards: (linear, operators),
+    underflow_is_outwards: (linear, operators),
+    boxes_wider_than_float64_hold: (operators,),
+    pieces_change_nothing: (linear,),
     patches_are_whole_images: (patches,),
     pulled_rows_hold: (linear, operators),
     boxes_hold: (linear, operators),
@@ -686,7 +753,7 @@ LAWS = {  # and the modules that each looks at first of all
     trees_hold: (alone,),
     cuts_cover_their_rows: (search,),
     searches_keep_every_point: (search,),
-    search_ends_at_the_truth: (search,),
+    search_ends_at_the_truth: (search, graph),
     agreement_is_never_claimed_in_vain: (agreement,),
     wild_weights_are_trivial: (methods,),
     ladder_is_in_order: (methods,),
