@@ -13,8 +13,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from faithkd.bounds.graph import check_images, outer_ball
 from faithkd.bounds.linear import as_matrix, difference_rows
-from faithkd.bounds.network import ball, check_images
 from faithkd.bounds.softmax import pair_bound
 
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -57,7 +57,7 @@ def direct(teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float
 
 def bounds(network: nn.Module, x: Tensor, eps: float, clip, method: str, **options) -> tuple[Tensor, Tensor]:
     """compute_bounds of one module over the ball, without the library's messages."""
-    low, high = (end.float() for end in ball(check_images(x), eps, clip))
+    low, high = (end.float() for end in outer_ball(check_images(x), eps, clip))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         bounded = BoundedModule(network.float().eval(), torch.empty_like(low), OPTIONS, device="cpu")

@@ -16,7 +16,7 @@ import typer
 from torch import Tensor, nn
 
 from faithkd.bounds import METHODS, faithfulness_upper_bound
-from faithkd.bounds.network import ball
+from faithkd.bounds.graph import outer_ball
 from faithkd.errors import FaithkdError
 from faithkd.evaluation import confidence_difference
 
@@ -79,7 +79,7 @@ def upper_bound(teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: 
 
 def differences(teacher: nn.Module, student: nn.Module, x: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     """||f_t(x') - f_s(x')||_inf at many points of each ball, `(N, points)`."""
-    lower, upper = (end.unsqueeze(1) for end in ball(x, eps))
+    lower, upper = (end.unsqueeze(1) for end in outer_ball(x, eps))
     shape = (len(x), POINTS + STARTS, *x.shape[1:])
     share = torch.rand(shape, dtype=torch.float64, generator=generator)
     share[:, : POINTS // 2] = share[:, : POINTS // 2].round()  # corners

@@ -4,6 +4,7 @@ $FAITHKD_JOBS is the number of processes (without it: one for each core); $FAITH
 scheduler, whose workers then do the work instead. Both go through joblib.
 """
 
+import multiprocessing
 import os
 import re
 import time
@@ -21,6 +22,8 @@ from faithkd.errors import FaithkdError
 SAMPLE, WORTHWHILE = 1.0, 30.0  # seconds: spent on the first calls, and estimated for those that are left
 PATIENCE = 5  # seconds until a scheduler must have answered
 ADDRESS = re.compile(r"((tcp|tls|ws|wss|ucx)://)?([\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", re.ASCII)
+
+_PROCESS = os.getpid()  # that imported this file
 
 
 def jobs() -> int:
@@ -85,6 +88,15 @@ def results(calls: Mapping[object, Callable[[], object]], description: str, samp
     bar = tqdm(run(list(calls.values()), sample=sample), description, len(calls), leave=False)
     found = dict(bar)
     return {name: found[place] for place, name in enumerate(calls)}
+
+
+def possible() -> bool:
+    """Whether this process should start others: not one that multiprocessing made, nor a forked one.
+
+    A daemonic process may have no children, a pool's worker has a core for itself, and what joblib keeps of its workers
+    is dead in a forked copy.
+    """
+    return multiprocessing.parent_process() is None and os.getpid() == _PROCESS
 
 
 @contextmanager
