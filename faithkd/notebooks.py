@@ -180,7 +180,7 @@ def refresh(names: list[str], report=print) -> None:
     chosen = pick(names)
     for place, _ in parallel.run([partial(_refresh, path) for path in chosen], at_once(), sample=0.0, here=True):
         report(f"executed {chosen[place].stem}")
-    for name, renew in (("README.md", readme), ("PAPER.md", paper_page)):
+    for name, renew in (("README.md", readme), ("PAPER.md", paper_page), ("benchmarks/README.md", benchmarks_page)):
         page = paths.ROOT / name
         if page.is_file():
             page.write_text(renew(page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -272,7 +272,7 @@ def _normal_text(text: str) -> str:
     return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x0", "\n".join(lines))
 
 
-# --- the generated parts of README.md and PAPER.md
+# --- the generated parts of README.md, PAPER.md and benchmarks/README.md
 
 
 def readme(text: str) -> str:
@@ -282,7 +282,12 @@ def readme(text: str) -> str:
         text, found = block.subn(lambda match, rows=rows: match[1] + "".join(rows), text)
         if found != 1:
             raise NotebookError(f"README.md must hold one block `<!-- {name}: … -->` with a table's two head lines")
-    return _renewed("README.md", text, "bounds", _measured())
+    return text
+
+
+def benchmarks_page(text: str) -> str:
+    """benchmarks/README.md with what was measured, from benchmarks/results/."""
+    return _renewed("benchmarks/README.md", text, "bounds", _measured())
 
 
 def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
@@ -304,7 +309,7 @@ def _measured() -> list[str]:
         "frontier": "Share of the gap closed over seconds an image, a panel for each radius",
         "scaling": "Seconds an image by number of images, radius, width and depth",
     }
-    shown = [f"![{what}](benchmarks/results/{name}-mnist.png)\n" for name, what in pictures.items()]
+    shown = [f"![{what}](results/{name}-mnist.png)\n" for name, what in pictures.items()]
     folded = {"What we had set out to reach": aims}
     for name, title in (("attacks", "PGD beside other libraries'"), ("training", "Seconds of training")):
         if (page := folder / f"{name}-mnist.md").is_file():
