@@ -355,9 +355,10 @@ def _expectations() -> list[str]:
 
 
 def paper_page(text: str) -> str:
-    """PAPER.md with its blocks `ledger` and `readings` made anew from the committed figures: its claims and numbers
-    beside ours, and what the paper leaves open, filled in other ways."""
-    text = _renewed("PAPER.md", text, "ledger", [*_claims(), "", *_numbers()])
+    """PAPER.md with its blocks `claims`, `ledger` and `readings` made anew from the committed figures: verdicts on its
+    claims, its numbers beside ours, and what the paper leaves open, filled in other ways."""
+    text = _renewed("PAPER.md", text, "claims", _claims())
+    text = _renewed("PAPER.md", text, "ledger", _numbers())
     return _renewed("PAPER.md", text, "readings", _readings())
 
 

@@ -187,7 +187,7 @@ def test_the_papers_page_says_what_the_committed_figures_say():
 def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
     """Verdicts side by side, cells counted, the key rows beside the paper's; runs with overrides are left out."""
     monkeypatch.setattr(paths, "ROOT", home.folder)
-    page = "before\n<!-- ledger: x -->\n| old |\n<!-- end of ledger -->\nafter\n"
+    page = "before\n<!-- claims: x -->\n| old |\n<!-- end of claims -->\n<!-- ledger: x -->\n<!-- end of ledger -->\nafter\n"
     page += "<!-- readings: x -->\n<!-- end of readings -->\n"
     for name in ("digits", "mnist", "mnist+seed=1"):
         folder = home.folder / "figures" / name
@@ -216,7 +216,7 @@ def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
     pandas.concat(parts).to_csv(home.folder / "figures" / "mnist" / "readings.csv", index=False)
     made = notebooks.paper_page(page)
     assert made.startswith(
-        "before\n<!-- ledger: x -->\n| claim | `digits`, 3 seeds, illustration | `mnist`, 3 seeds |\n"
+        "before\n<!-- claims: x -->\n| claim | `digits`, 3 seeds, illustration | `mnist`, 3 seeds |\n"
     )
     assert "| C1: A beats B | undecided (1 of 2 ε) | undecided (1 of 2 ε) |" in made
     assert "| `mnist` | table1: agreement | 24 | 24 | 0 | 0 | 0 | 0.0 points |" in made
