@@ -187,7 +187,8 @@ def test_the_papers_page_says_what_the_committed_figures_say():
 def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
     """Verdicts side by side, cells counted, the key rows beside the paper's; runs with overrides are left out."""
     monkeypatch.setattr(paths, "ROOT", home.folder)
-    page = "before\n<!-- claims: x -->\n| old |\n<!-- end of claims -->\n<!-- ledger: x -->\n<!-- end of ledger -->\nafter\n"
+    page = "before\n<!-- claims: x -->\n| old |\n<!-- end of claims -->\n"
+    page += "<!-- ledger: x -->\n<!-- end of ledger -->\nafter\n"
     page += "<!-- readings: x -->\n<!-- end of readings -->\n"
     for name in ("digits", "mnist", "mnist+seed=1"):
         folder = home.folder / "figures" / name

@@ -23,6 +23,26 @@ def run(code: str, names: dict):
     return eval(compile(ast.Expression(last.value), name, "eval"), names) if last else None
 
 
+def functions(number: str) -> dict[str, str]:
+    """The functions that a notebook's cells define, by name, as normalised source."""
+    (path,) = (one for one in notebooks.listing() if one.name.startswith(number))
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    trees = [ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    return {node.name: ast.unparse(node) for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("number", "names"), [("12", "interval program switch pair"), ("13", "interval above descend")]
+)
+def test_excursions_repeat_what_notebook_09_writes(number, names):
+    """Each notebook opens alone, so what 09 has derived stands folded in 12 and 13: the same text."""
+    first, here = functions("09"), functions(number)
+    assert set(names.split()) <= set(first) & set(here)
+    assert {name: here[name] for name in set(first) & set(here)} == {
+        name: first[name] for name in set(first) & set(here)
+    }
+
+
 @pytest.mark.filterwarnings("default")  # a kernel shows them and goes on
 @pytest.mark.parametrize("path", notebooks.listing(), ids=lambda path: path.stem)
 def test_printed_solutions_run(path, tmp_path, monkeypatch):
