@@ -11,11 +11,11 @@ import math
 import gurobipy as gp
 import numpy as np
 import torch
+from faithkd.bounds.network import AFFINE, Network, affine, ball, check_images, prepare_pair, windows
 from gurobipy import GRB
 from torch import Tensor, nn
 
 from faithkd.bounds.linear import Box, crown
-from faithkd.bounds.network import AFFINE, Network, affine, ball, check_images, prepare_pair, windows
 from faithkd.bounds.softmax import pair_bound
 from faithkd.errors import FaithkdError
 

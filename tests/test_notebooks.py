@@ -61,7 +61,7 @@ def edited(path, change) -> list[str]:
 
 def test_committed_notebooks_are_sound_and_not_stale():
     numbers = [path.name[:2] for path in notebooks.listing()]
-    assert numbers == [f"{number:02d}" for number in range(12)]
+    assert numbers == [f"{number:02d}" for number in range(14)]
     p, start = params.load(notebooks.PROFILE), time.perf_counter()
     complaints = [f"{path.name} {text}" for path in notebooks.listing() for text in notebooks.check(path, p)]
     assert not complaints, "\n".join([*complaints, "`make notebooks` executes them again"])
@@ -146,6 +146,8 @@ def test_the_readme_lists_the_notebooks_and_the_committed_figures():
     assert pages.readme(text, notebooks.listing()) == text
     assert text.count("](notebooks/") == len(notebooks.listing())
     assert "| `digits` |" in text
+    measured = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert pages.benchmarks_page(measured) == measured
 
 
 def test_a_readme_without_its_blocks_is_refused():
@@ -232,6 +234,6 @@ def test_everything_regenerates_from_an_empty_store(home):
     made = {path.name for path in (home.folder / "figures" / "smoke").iterdir()}
     names = ["fig1", "fig2", "fig3", "table1", "table2", "table3", "table5", "claims"]
     assert {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")} <= made, printed
-    assert "provenance.json" in made and "12 to run" in printed
+    assert "provenance.json" in made and "14 to run" in printed
     printed = home.call("run", "--profile", "smoke")
-    assert "0 to run" in printed and printed.count("already there") == 12
+    assert "0 to run" in printed and printed.count("already there") == 14

@@ -24,11 +24,12 @@ QUICK = "smoke"  # its figures are made everywhere and committed nowhere
 
 
 def renew(notebooks: list[Path]) -> None:
-    """Write README.md, PAPER.md and weights/README.md anew where they are."""
+    """Write README.md, PAPER.md and the READMEs of weights/ and benchmarks/ anew where they are."""
     made = {
         "README.md": lambda text: readme(text, notebooks),
         "PAPER.md": paper_page,
         "weights/README.md": weights_page,
+        "benchmarks/README.md": benchmarks_page,
     }
     for name, renewed in made.items():
         page = paths.ROOT / name
@@ -38,9 +39,14 @@ def renew(notebooks: list[Path]) -> None:
 
 def readme(text: str, notebooks: list[Path]) -> str:
     """README.md with its tables of notebooks and of profiles made anew from the notebooks and the committed figures."""
-    for name, lines in (("notebooks", _contents(notebooks)), ("numbers", _expectations()), ("bounds", _measured())):
+    for name, lines in (("notebooks", _contents(notebooks)), ("numbers", _expectations())):
         text = _renewed("README.md", text, name, lines)
     return text
+
+
+def benchmarks_page(text: str) -> str:
+    """benchmarks/README.md with what was measured, from benchmarks/results/."""
+    return _renewed("benchmarks/README.md", text, "bounds", _measured())
 
 
 def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
@@ -62,7 +68,7 @@ def _measured() -> list[str]:
         "frontier": "Share of the gap closed over seconds an image, a panel for each radius",
         "scaling": "Seconds an image by number of images, radius, width and depth",
     }
-    shown = [f"![{what}](benchmarks/results/{name}-mnist.png)\n" for name, what in pictures.items()]
+    shown = [f"![{what}](results/{name}-mnist.png)\n" for name, what in pictures.items()]
     folded = {"What we had set out to reach": aims}
     for name, title in (("attacks", "PGD beside other libraries'"), ("training", "Seconds of training")):
         if (page := folder / f"{name}-mnist.md").is_file():
