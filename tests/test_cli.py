@@ -129,7 +129,7 @@ OTHERS += [
 @pytest.mark.parametrize("text", OTHERS, ids=range(len(OTHERS)))
 def test_records_of_another_form_are_said_once_and_made_again(call, capsys, monkeypatch, tmp_path, text):
     record = tmp_path / "runs" / "smoke" / "done.json"
-    records.write(record, records.DONE, {"00-quickstart": ENTRY})
+    records.write(record, records.DONE, {"00-quickstart": records.Executed(**ENTRY)})
     plan = ("run", "--profile", "smoke", "--only", "00", "--dry-run")
     assert "ignored" not in call(*plan), "a sound one, of other code"
     record.write_bytes(text)
