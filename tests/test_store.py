@@ -68,57 +68,20 @@ def test_root_follows_the_environment(monkeypatch, tmp_path):
 
 def test_key_is_stable_and_depends_on_everything():
     assert store.key("t", a=1, b=[0.1, "x"]) == store.key("t", b=(0.1, "x"), a=1) == "331bc4938f98dafe"
-    variants = [
-        {"a": 1},
-        {"a": 1.0},
-        {"a": True},
-        {"a": "1"},
-        {"a": None},
-        {"a": [1]},
-        {"a": {"a": 1}},
-        {"b": 1},
-    ]
-    variants += [
-        {"a": 0.1},
-        {"a": np.nextafter(0.1, 1)},
-        {"kind": 1},
-        {"a": 1, "b": 1},
-        {"a": [1, 2]},
-        {"a": [2, 1]},
-    ]
+    values = [1, 1.0, True, "1", None, [1], {"a": 1}, 0.1, np.nextafter(0.1, 1), [1, 2], [2, 1]]
+    variants = [*({"a": value} for value in values), {"b": 1}, {"kind": 1}, {"a": 1, "b": 1}]
     keys = {store.key(kind, **depends) for kind in ("t", "u") for depends in variants}
     assert len(keys) == 2 * len(variants)
     assert all(len(key) == 16 and int(key, 16) >= 0 for key in keys)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        float("nan"),
-        float("inf"),
-        torch.zeros(2),
-        np.int64(1),
-        {1, 2},
-        {1: "a"},
-        b"x",
-        [0, float("nan")],
-        object(),
-    ],
-    ids=lambda value: type(value).__name__,
-)
+NOT_JSON = [float("nan"), float("inf"), torch.zeros(2), np.int64(1), {1}, {1: "a"}, b"x", [0, float("nan")], object()]
+
+
+@pytest.mark.parametrize("value", NOT_JSON, ids=lambda value: type(value).__name__)
 def test_key_refuses_what_json_cannot_hold(value):
     with pytest.raises(FaithkdError, match=r"depends\.a\.b.* cannot be part of a key"):
         store.key("t", a={"b": value})
-
-
-def test_table_is_made_once_and_comes_back_the_same():
-    first = store.table("tables", {"a": 1}, frame, name="digits")
-    again = store.table("tables", {"a": 1}, never)
-    pd.testing.assert_frame_equal(first, again, check_exact=True)
-    pd.testing.assert_frame_equal(first, frame(), check_exact=True)
-    assert again.value[1] == 0.1 + 0.2 and list(again.eps) == ["8/255", "0.025"]
-    store.table("tables", {"a": 2}, frame)
-    assert len(list((store.root() / "tables").glob("*.csv"))) == 2
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
@@ -142,7 +105,9 @@ def test_csv_keeps_every_bit(rows):
     np.testing.assert_array_equal(back.b, made.b)
 
 
-def test_text_survives_a_process():
+def test_table_is_made_once_and_comes_back_the_same():
+    for loaded in (store.table("tables", {"a": 2}, frame), store.table("tables", {"a": 2}, never)):
+        pd.testing.assert_frame_equal(loaded, frame(), check_exact=True)
     odd = ["", " ", "nan", "None", 'a"b', "a,b", "a\r\nb", "\r", "é≤", "1.0", "True", "#"]
     store.table("tables", {"a": 1}, lambda: pd.DataFrame({"x": odd}))
     assert list(store.table("tables", {"a": 1}, never).x) == odd
@@ -218,18 +183,36 @@ def spoil_payload(payload, sidecar):
     payload.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        spoil_payload,
-        lambda payload, sidecar: payload.write_bytes(payload.read_bytes()[:-3]),
-        lambda payload, sidecar: payload.unlink(),
-        lambda payload, sidecar: sidecar.write_text(sidecar.read_text()[:30]),
-        lambda payload, sidecar: sidecar.write_text("[]"),
-        lambda payload, sidecar: sidecar.write_text("{}"),
-    ],
-    ids=["a bit", "cut", "gone", "sidecar cut", "sidecar a list", "sidecar empty"],
-)
+def edit(sidecar, **changes):
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+
+
+def swap(payload, sidecar):
+    """A payload that is sound in itself, but no network of this form: other layers, or a table without its columns."""
+    other = store._pack(torch.nn.Linear(7, 7).state_dict()) if payload.suffix == ".safetensors" else b"eps,value\n1\n"
+    payload.write_bytes(other)
+    edit(sidecar, sha256=store.hashlib.sha256(other).hexdigest())
+
+
+SPOILT = {
+    "a bit": spoil_payload,
+    "cut": lambda payload, sidecar: payload.write_bytes(payload.read_bytes()[:-3]),
+    "empty": lambda payload, sidecar: payload.write_bytes(b""),
+    "gone": lambda payload, sidecar: payload.unlink(),
+    "another's": swap,
+    "sidecar cut": lambda payload, sidecar: sidecar.write_text(sidecar.read_text()[:30]),
+    "sidecar not UTF-8": lambda payload, sidecar: sidecar.write_bytes(b"\xff\xfe" + sidecar.read_bytes()),
+    "sidecar nested": lambda payload, sidecar: sidecar.write_text("[" * 10**5),
+    "sidecar a list": lambda payload, sidecar: sidecar.write_text("[]"),
+    "sidecar a number": lambda payload, sidecar: sidecar.write_text("5"),
+    "sidecar empty": lambda payload, sidecar: sidecar.write_text("{}"),
+    "checksum a number": lambda payload, sidecar: edit(sidecar, sha256=5),
+    "items of another form": lambda payload, sidecar: edit(sidecar, history=5, dtypes=[1]),
+    "a folder": lambda payload, sidecar: (payload.unlink(), payload.mkdir()),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
 @pytest.mark.parametrize("kind", ["tables", "networks"])
 def test_damage_is_told_put_aside_and_made_again(spoil, kind):
     trained = net()
@@ -242,7 +225,6 @@ def test_damage_is_told_put_aside_and_made_again(spoil, kind):
     good = get(1.5)
     payload = next(path for path in (store.root() / kind).iterdir() if path.suffix != ".json")
     spoil(payload, payload.with_suffix(".json"))
-    assert not store.exists(kind, {"a": 1})
     with pytest.warns(UserWarning) as caught:
         assert get(1.5) == good
     assert len(caught) == 1 and str(payload) in str(caught[0].message) and "made again" in str(caught[0].message)
@@ -250,6 +232,22 @@ def test_damage_is_told_put_aside_and_made_again(spoil, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert get(2.5) == good  # not made a third time
+
+
+@pytest.mark.parametrize("form", [0, 2, None, "1"])
+def test_what_another_version_made_is_left_alone_and_said(form):
+    store.table("tables", {"a": 1}, frame)
+    (sidecar,) = (store.root() / "tables").glob("*.json")
+    edit(sidecar, form=form)
+    before = {path.name: path.read_bytes() for path in sidecar.parent.iterdir()}
+    for use in (lambda: store.table("tables", {"a": 1}, never), lambda: store.exists("tables", {"a": 1})):
+        with pytest.raises(FaithkdError, match=rf"is of form {form} of the store.*left alone; set FAITHKD_STORE"):
+            use()
+    assert {path.name: path.read_bytes() for path in sidecar.parent.iterdir()} == before
+    content = json.loads(before[sidecar.name])
+    content.pop("form")  # as the first version wrote it
+    sidecar.write_text(json.dumps(content))
+    assert store.table("tables", {"a": 1}, never).value[0] == 1.5
 
 
 def test_a_kill_between_payload_and_sidecar_leaves_no_entry(monkeypatch):
