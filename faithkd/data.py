@@ -184,8 +184,8 @@ def _download(name: str, train: bool) -> list[Path]:
     except Exception as error:  # networks, disks, archives: torchvision lets a dozen kinds of error through
         looked = " and ".join(str(folder) for folder in _folders())
         raise FaithkdError(
-            f"the data set {kind} is not in {looked}, and downloading it failed ({str(error) or type(error).__name__}). "
-            "Connect to the internet and try again, or set FAITHKD_DATA to a folder that holds it "
+            f"the data set {kind} is not in {looked}, and downloading it failed "
+            f"({str(error) or type(error).__name__}). Connect to the internet and try again, or set FAITHKD_DATA to a folder that holds it "
             f"(torchvision's layout{', or cifar10.npz' if name == 'cifar10' else ''}). "
             "The profiles digits and smoke need no download."
         ) from None
