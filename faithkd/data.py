@@ -185,8 +185,8 @@ def _download(name: str, train: bool) -> list[Path]:
         looked = " and ".join(str(folder) for folder in _folders())
         raise FaithkdError(
             f"the data set {kind} is not in {looked}, and downloading it failed "
-            f"({str(error) or type(error).__name__}). Connect to the internet and try again, or set FAITHKD_DATA to a folder that holds it "
-            f"(torchvision's layout{', or cifar10.npz' if name == 'cifar10' else ''}). "
+            f"({str(error) or type(error).__name__}). Connect to the internet and try again, or set "
+            f"FAITHKD_DATA to a folder that holds it (torchvision's layout{', or cifar10.npz' if name == 'cifar10' else ''}). "
             "The profiles digits and smoke need no download."
         ) from None
 
