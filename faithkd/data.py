@@ -183,10 +183,11 @@ def _download(name: str, train: bool) -> list[Path]:
         return _find(name, train)
     except Exception as error:  # networks, disks, archives: torchvision lets a dozen kinds of error through
         looked = " and ".join(str(folder) for folder in _folders())
+        layout = "torchvision's layout, or cifar10.npz" if name == "cifar10" else "torchvision's layout"
         raise FaithkdError(
             f"the data set {kind} is not in {looked}, and downloading it failed "
             f"({str(error) or type(error).__name__}). Connect to the internet and try again, or set "
-            f"FAITHKD_DATA to a folder that holds it (torchvision's layout{', or cifar10.npz' if name == 'cifar10' else ''}). "
+            f"FAITHKD_DATA to a folder that holds it ({layout}). "
             "The profiles digits and smoke need no download."
         ) from None
 
