@@ -125,10 +125,34 @@ def test_a_raised_recipe_makes_it_stale_and_any_edit_of_the_package_runs_it_agai
             "cell 4 shows a warning",
         ),
         (lambda n: n.pop("cells"), "is no notebook"),
+        (lambda n: n.pop("metadata"), "is no notebook"),
+        (lambda n: n["cells"][2].pop("execution_count"), "is no notebook"),
+        (lambda n: n["cells"].append(5), "is no notebook"),
     ],
 )
 def test_every_fault_is_told(sound, change, told):
     assert any(told in complaint for complaint in edited(sound, change))
+
+
+DAMAGED = [b"", b"<<<<<<< HEAD\n{}", b"[]", b'{"cells": {"a": 1}}', b'{"cells": [{}]}', b"\xff\xfe", b'{"seconds": {}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_files_are_named_with_a_remedy(home, monkeypatch, sound, content):
+    """A notebook, what made the figures, a table: not taken for something else, and no bare error."""
+    monkeypatch.setattr(paths, "ROOT", home.folder)
+    (home.folder / "figures" / "mnist").mkdir(parents=True)
+    about, table = (home.folder / "figures" / "mnist" / name for name in ("provenance.json", "claims.csv"))
+    sound.write_bytes(content)
+    (complaint,) = notebooks.check(sound, params.load())
+    assert complaint.startswith("is no notebook")
+    uses = {sound: lambda: notebooks.title(sound), about: notebooks._expectations, table: notebooks._claims}
+    for path, use in uses.items():
+        path.write_bytes(content)
+        with pytest.raises(notebooks.NotebookError, match=f"{path} cannot be read .*get it anew with git checkout"):
+            use()
+        if path != sound:
+            path.unlink()
 
 
 def test_refresh_leaves_a_failing_notebook_as_it_was(home, monkeypatch):

@@ -48,7 +48,8 @@ def reading(path: Path):
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise NotebookError(f"{path} cannot be read ({error}): mend it, or get it anew with git checkout") from None
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotebookError(f"{path} cannot be read ({what}): mend it, or get it anew with git checkout") from None
 
 
 def cells(path: Path) -> list[dict]:
