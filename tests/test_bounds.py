@@ -126,10 +126,10 @@ def test_every_box_and_difference_holds(teacher, student, x):
         low, high = softmax_bounds(network, x, 0.3)
         for k in range(len(x)):
             z = inside(x[k : k + 1], 0.3, 3000)
-            for step, layer in enumerate([*prepared.layers, None]):
+            for place, values in enumerate(prepared.values(z)):
                 for boxes in (rough, fine):
-                    assert (boxes[step][0][k] <= z.amin(0)).all() and (z.amax(0) <= boxes[step][1][k]).all()
-                z = z if layer is None else layer(z)
+                    assert (boxes[place][0][k] <= values.amin(0)).all() and (values.amax(0) <= boxes[place][1][k]).all()
+            z = prepared(z)
             assert ((z[:, None, :] - z[:, :, None]).amax(0) <= highest[k] + 1e-12).all()
             assert (low[k] <= z.softmax(1).amin(0)).all() and (z.softmax(1).amax(0) <= high[k]).all()
         room = 1e-12
