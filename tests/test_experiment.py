@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -85,6 +86,35 @@ def test_a_loss_of_ones_own_is_known_by_its_source(monkeypatch):
     second = experiment._written(rule)
     monkeypatch.setattr(sys.modules[__name__], "inner", lambda student, z, y: student(z)[:, 0])
     assert len({str(said) for said in (first, second, experiment._written(rule))}) == 3
+
+
+def test_the_code_of_a_method_follows_what_it_uses():
+    """A helper beside the loss, or a constant that it names, makes another network: it must not be found as the old."""
+
+    def made(weight, power):
+        def helper(z):
+            return z**power
+
+        def own(student, teacher, x, x_adv, y, alpha, temperature):
+            return weight * helper(student(x)).mean()
+
+        return experiment._written(Method(own, None, "own"))
+
+    def other_helper():
+        def helper(z):
+            return z.abs()
+
+        def own(student, teacher, x, x_adv, y, alpha, temperature):
+            return weight * helper(student(x)).mean()
+
+        weight = 1.0
+        return experiment._written(Method(own, None, "own"))
+
+    codes = [made(1.0, 2), made(2.0, 2), made(1.0, 3), other_helper()]
+    assert made(1.0, 2) == codes[0] and len(set(map(str, codes))) == 4
+    filled = [partial(losses.fd, divergence=d) for d in (losses.kl, losses.reverse_kl)]
+    bound = [experiment._written(Method(loss, None, "d")) for loss in filled]
+    assert bound[0] != bound[1] and " at 0x" not in str(bound)
 
 
 def test_a_loss_of_ones_own_is_trained_once_and_found_again(p, monkeypatch):

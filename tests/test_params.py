@@ -334,6 +334,6 @@ def test_dump_keeps_what_was_written():
 
 
 def test_importing_params_is_quick():
-    heavy = "import sys, faithkd.params; print([m for m in ('torch', 'pandas', 'cvxpy') if m in sys.modules])"
+    heavy = "import sys, faithkd.reproduce.params; print([m for m in ('torch', 'pandas', 'cvxpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=params.ROOT, check=True)
     assert done.stdout.strip() == "[]"

@@ -260,8 +260,12 @@ def _written(rule: losses.Method) -> list:
 def _source(function, seen: tuple = ()) -> list:
     """A function's source without comments, with the plain values and the functions of its own file that it uses."""
     if isinstance(function, partial):
-        return [_source(function.func, seen), repr(function.args), repr(sorted(function.keywords.items()))]
-    said = [unparse(parse(dedent(inspect.getsource(function)))), repr(function.__defaults__)]
+        filled = [*enumerate(function.args), *sorted(function.keywords.items())]
+        return [_source(function.func, seen), *([name, _value(value, seen)] for name, value in filled)]
+    said = [
+        unparse(parse(dedent(inspect.getsource(function)))),
+        [_value(each, seen) for each in function.__defaults__ or ()],
+    ]
     codes, names = [function.__code__], set()
     while codes:  # of inner functions too, as an attack's is one
         code = codes.pop()
@@ -276,6 +280,10 @@ def _source(function, seen: tuple = ()) -> list:
         elif inspect.isfunction(value) and value.__module__ == function.__module__ and value not in (function, *seen):
             said.append(_source(value, (function, *seen)))
     return said
+
+
+def _value(value, seen: tuple):
+    return _source(value, seen) if callable(value) else repr(value)
 
 
 def fingerprint(network: nn.Module) -> str:
