@@ -6,18 +6,18 @@ PROFILE = digits
 PY := .venv/bin/python
 
 figures: .venv/ready
-	@$(PY) -m faithkd.reproduce.cli run --profile '$(PROFILE)' $(foreach s,$(SET),--set '$(s)') \
+	@$(PY) -m faithkd.cli run --profile '$(PROFILE)' $(foreach s,$(SET),--set '$(s)') \
 	    $(foreach n,$(ONLY),--only '$(n)') $(if $(RETRAIN),--retrain) \
 	    $(if $(JOBS),--jobs '$(JOBS)') $(if $(CLUSTER),--cluster '$(CLUSTER)')
 
 train: .venv/ready
-	@$(PY) -m faithkd.reproduce.cli train --profile '$(PROFILE)' $(foreach s,$(SET),--set '$(s)') $(if $(JOBS),--jobs '$(JOBS)')
+	@$(PY) -m faithkd.cli train --profile '$(PROFILE)' $(foreach s,$(SET),--set '$(s)') $(if $(JOBS),--jobs '$(JOBS)')
 
 test: .venv/ready
 	@sh .ci/checks
 
 notebooks: .venv/ready
-	@$(PY) -m faithkd.reproduce.cli notebooks refresh $(ONLY)
+	@$(PY) -m faithkd.cli notebooks refresh $(ONLY)
 
 lab: .venv/ready
 	@$(PY) -m jupyter lab notebooks

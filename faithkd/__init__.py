@@ -23,7 +23,6 @@ _MODULES = {
     "experiment": "reproduce.experiment",
     "parallel": "workers",
     "notebooks": "reproduce.notebooks",
-    "cli": "reproduce.cli",
     "tables": "report.tables",
     "figures": "report.figures",
     "calibration": "report.calibration",

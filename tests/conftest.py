@@ -21,7 +21,8 @@ import nbformat  # noqa: E402  after the environment is set, as all that follows
 import pytest  # noqa: E402
 
 from faithkd import paths  # noqa: E402
-from faithkd.reproduce import cli, params  # noqa: E402
+from faithkd import cli  # noqa: E402
+from faithkd.reproduce import params  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,7 +44,7 @@ def real_data(monkeypatch) -> Path:
 LAUNCH = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("faithkd.reproduce.cli", run_name="__main__", alter_sys=True)
+runpy.run_module("faithkd.cli", run_name="__main__", alter_sys=True)
 """
 
 

@@ -13,7 +13,8 @@ import nbformat
 import pytest
 
 from faithkd import paths
-from faithkd.reproduce import cli, records
+from faithkd import cli
+from faithkd.reproduce import records
 
 SAVE = """
 import json, os
@@ -120,7 +121,7 @@ def test_folders_of_runs_that_cannot_be_used(call, monkeypatch, tmp_path, place)
 
 
 def test_help_needs_no_heavy_packages():
-    code = "import sys; from faithkd.reproduce import cli; print({'torch', 'papermill', 'pandas'} & set(sys.modules))"
+    code = "import sys; from faithkd import cli; print({'torch', 'papermill', 'pandas'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
 
