@@ -20,8 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # nets this small are slower with
 import nbformat  # noqa: E402  after the environment is set, as all that follows
 import pytest  # noqa: E402
 
-from faithkd import paths  # noqa: E402
-from faithkd import cli  # noqa: E402
+from faithkd import cli, paths  # noqa: E402
 from faithkd.reproduce import params  # noqa: E402
 
 

@@ -12,8 +12,7 @@ import time
 import nbformat
 import pytest
 
-from faithkd import paths
-from faithkd import cli
+from faithkd import cli, paths
 from faithkd.reproduce import records
 
 SAVE = """
