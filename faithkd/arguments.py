@@ -118,7 +118,7 @@ def weights(module: nn.Module, where: str) -> None:
             raise FaithkdError(f"{where}: the {kind} is of type {weight.dtype}, not a real floating-point number")
         if weight.layout != torch.strided:
             raise FaithkdError(f"{where}: the {kind} is sparse ({weight.layout}); make it dense, weight.to_dense()")
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(weight.detach()).all():
             raise FaithkdError(f"{where}: the {kind} holds NaN or infinity; train or load the network again")
 
 

@@ -14,7 +14,7 @@ from pairs import chain_of_tiny_weights, fully_connected, gap, points
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from faithkd.bounds import faithfulness_upper_bound, joint, linear
+from faithkd.bounds import domains, faithfulness_upper_bound, linear, reading
 from faithkd.errors import FaithkdError
 
 METHODS = ("interval", "crown", "alpha-crown", "lp", "milp", "joint", "bab", "best")
@@ -124,26 +124,69 @@ def changed(what):
     return {"forward": Forward(*network), "call": Called(*network)}.get(what, network)
 
 
-CHANGES = {
-    **{
-        "hook": "forward hook",
-        "pre-hook": "forward hook",
-        "own forward": "forward hook",
-        "weight norm": "forward hook",
-    },
-    **{"parametrization": "remove_parametrizations", "dropout": "leave it out", "subclass of Linear": "is a Layer"},
-    **{"forward": "is a Forward", "call": "is a Called", "meta": "on the meta device", "sparse": "sparse"},
-    **{"complex": "not a real", "subclass of Tensor": "Weight", "no weight": "NoneType"},
-}
+REFUSED = {"meta": "no values yet", "sparse": "sparse", "complex": "not a real", "no weight": "no weight"}
+COMPUTED = ["hook", "pre-hook", "weight norm", "parametrization", "dropout", "subclass of Linear", "forward", "call"]
 
 
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("what", [*COMPUTED, "own forward", "subclass of Tensor"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_what_is_not_its_plain_layers_is_refused(what):
+def test_what_is_not_its_plain_layers_is_bounded_as_it_computes(what):
+    """A ball of radius 0 shows what was bounded; what no copy computes, or none can be made of, is refused."""
+    network, good, x = changed(what), nn.Sequential(nn.Linear(3, 3)), torch.rand(2, 3)
+    try:
+        found = bound(network, good, x, 0.0, "crown").values
+    except FaithkdError as problem:
+        assert what not in COMPUTED and "teacher" in str(problem)
+    else:
+        with torch.no_grad():
+            true = gap(network.double().eval(), good.double(), x.double())
+        assert (true <= found).all() and (found - true).max() < 1e-9
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_holds_no_numbers_is_refused(what):
     network, good = changed(what), nn.Sequential(nn.Linear(3, 3))
     for teacher, student in ((network, good), (good, network)):
-        with pytest.raises(FaithkdError, match=CHANGES[what]):
+        with pytest.raises(FaithkdError, match=REFUSED[what]):
             bound(teacher, student, torch.zeros(1, 3), 0.1, "crown")
+
+
+class Twice(nn.Module):
+    """Its sum reads what a ReLU in place has changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, z):
+        z = self.layer(z)
+        return torch.relu_(z) + z
+
+
+class Drawn(Twice):
+    def forward(self, z):
+        return nn.functional.dropout(self.layer(z))
+
+
+def test_what_is_changed_in_place_is_read_as_changed():
+    torch.manual_seed(0)
+    network, good, x = Twice().double(), nn.Sequential(nn.Linear(3, 3)).double(), torch.randn(20, 3).double()
+    with torch.no_grad():
+        true = gap(network, good, x)
+    found = bound(network, good, x, 0.0, "crown").values
+    assert (true <= found).all() and (found - true).max() < 1e-9
+
+
+def test_what_draws_at_random_is_refused():
+    with pytest.raises(FaithkdError, match=r"teacher.*at random"):
+        bound(Drawn(), nn.Sequential(nn.Linear(3, 3)), torch.rand(2, 3), 0.1, "crown")
+
+
+def test_a_wrong_reading_is_noticed(monkeypatch):
+    """Whatever torch.export may get wrong: the graph is compared with its module before it is used."""
+    monkeypatch.setitem(reading.OPERATIONS, "relu", reading.same)
+    with pytest.raises(FaithkdError, match=r"teacher: what torch.export reads"):
+        bound(Forward(*pair()[0]), nn.Sequential(nn.Linear(3, 3)), torch.rand(2, 3), 0.1, "crown")
 
 
 def test_a_hook_on_all_modules_is_refused():
@@ -228,7 +271,7 @@ def test_memory_grows_with_the_square_of_the_classes(monkeypatch):
 
 def test_a_search_ends_where_its_memory_does(monkeypatch):
     """And what it found by then is a bound like any other."""
-    monkeypatch.setattr(joint, "ROOM", 20_000)
+    monkeypatch.setattr(domains, "ROOM", 20_000)
     teacher, student = pair()
     x = torch.randn(2, 3, dtype=torch.float64)
     found = faithfulness_upper_bound(teacher, student, x, 0.8, method="bab", nodes=5000, tolerance=0.0)

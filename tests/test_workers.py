@@ -86,6 +86,7 @@ def stored() -> dict[str, tuple]:
     found = {}
     for file in (artefacts.root() / "measurements").rglob("images=*[vs]"):
         content, header = artefacts.read(file)
+        content = dict(sorted(content.items())) if isinstance(content, dict) else content  # tensors have no order
         found[file.relative_to(artefacts.root()).as_posix()] = str(content), header["inputs"]
     return found
 

@@ -68,6 +68,9 @@ class Builder:
             place = OPERATIONS[name](self, after, *arguments, **options)
         except TypeError as problem:
             raise FaithkdError(f"{self.where}: {name} with these arguments cannot be bounded ({problem})") from problem
+        except FaithkdError as problem:
+            told = str(problem).startswith(self.where)
+            raise problem if told else FaithkdError(f"{self.where}: {problem}") from None
         if after is not None and self.shapes[place] != after:
             raise FaithkdError(f"{self.where}: {name} from {self.shapes[place]} to {after} cannot be bounded")
         return place
@@ -87,6 +90,12 @@ def view(builder: Builder, after: Shape | None, z: Place, *dims, **__) -> Place:
 
 
 def same(builder: Builder, after: Shape, z: Place, *_, **__) -> Place:
+    return z
+
+
+def dropout(builder: Builder, after: Shape, z: Place, share: float = 0.5, training: bool = False) -> Place:
+    if training and share:
+        raise FaithkdError(f"{builder.where}: dropout draws at random here; pass training=self.training")
     return z
 
 
@@ -150,7 +159,8 @@ OPERATIONS = {  # torch's operations by name
     "leaky_relu": leaky_relu,
     **{"add": add, "sub": subtract, "mul": multiply, "div": divide},
     **dict.fromkeys(("flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze"), view),
-    **dict.fromkeys(("dropout", "alias", "clone", "contiguous", "detach"), same),
+    "dropout": dropout,
+    **dict.fromkeys(("alias", "clone", "contiguous", "detach"), same),
 }
 LAYERS = {  # layers that need no tracing: their operation, and which of their attributes it takes
     nn.Linear: ("linear", "weight bias"),
@@ -188,7 +198,9 @@ def hooked(module: nn.Module) -> bool:
 def plain(module: nn.Module) -> bool:
     """Whether LAYERS says all of this layer."""
     others = getattr(module, "padding_mode", "zeros") != "zeros" or getattr(module, "return_indices", False)
-    return type(module) in LAYERS and not hooked(module) and not others
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    usual = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)  # a subclass may compute anything
+    return type(module) in LAYERS and not hooked(module) and not others and usual
 
 
 def read(network: nn.Module, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]], list[Shape]]:
@@ -205,8 +217,7 @@ def read(network: nn.Module, shape: Shape, name: str) -> tuple[list[tuple[Operat
                 builder.where = f"{name}, layer {position} ({module})"
                 last = from_layer(builder, module, last)
         else:
-            copied = copy.deepcopy(network).to(device="cpu", dtype=torch.float64).eval().requires_grad_(False)
-            last = from_trace(builder, copied, name)
+            last = from_trace(builder, network, name)
     return builder.nodes[:last], builder.shapes[: last + 1]
 
 
@@ -215,7 +226,9 @@ def from_layer(builder: Builder, module: nn.Module, z: Place) -> Place:
     operation, names = LAYERS[type(module)]
     arguments = []
     for attribute in names.split():
-        value = attribute != "training" and getattr(module, attribute)
+        value = attribute != "training" and getattr(module, attribute, None)
+        if attribute == "weight" and value is None and isinstance(module, nn.Linear | nn.Conv2d):
+            raise FaithkdError(f"{builder.where}: it has no weight")
         tensor = isinstance(value, Tensor)
         arguments.append(value.detach().to(device="cpu", dtype=torch.float64, copy=True) if tensor else value)
     return builder.apply(operation, None, z, *arguments)
@@ -227,6 +240,7 @@ def from_trace(builder: Builder, network: nn.Module, name: str) -> Place:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about parts of torch that this network happens to use
+            network = copy.deepcopy(network).to(device="cpu", dtype=torch.float64).eval().requires_grad_(False)
             program = torch.export.export(network, (batch,))
     except Exception as problem:  # whatever the network's own code raises
         text = str(problem).strip().partition("\n")[0]
@@ -253,4 +267,20 @@ def from_trace(builder: Builder, network: nn.Module, name: str) -> Place:
     (logits,) = program.graph.output_node().args[0] or (None,)
     if not isinstance(found.get(logits), Place):
         raise FaithkdError(f"{name} does not return one tensor of logits that depend on the image")
+    compare(builder, found[logits], network, name)
     return found[logits]
+
+
+def compare(builder: Builder, last: Place, network: nn.Module, name: str) -> None:
+    """Refuse a graph that computes something else than its module, as where values are changed in place or drawn."""
+    values = [
+        torch.rand(2, *builder.shapes[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ]
+    expected = network(values[0].clone())
+    for operator, inputs in builder.nodes[:last]:
+        values.append(operator(*(values[place] for place in inputs)))
+    if not torch.allclose(values[-1], expected, rtol=1e-9, atol=1e-9):
+        raise FaithkdError(
+            f"{name}: what torch.export reads of it computes something else than it does; does its forward change "
+            "values in place that it uses again, draw at random, or depend on anything but the image?"
+        )
