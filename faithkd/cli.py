@@ -91,11 +91,9 @@ def run(
     record = folder / ("retrain.json" if retrain else "done.json")
     if dry_run:
         done = records.read(record, records.DONE, {})
-        for path in chosen:
-            print(
-                f"{path.stem:<28} {'already there' if _is_done(path, p, folder, done.get(path.stem)) else 'would run'}"
-            )
         todo = [path for path in chosen if not _is_done(path, p, folder, done.get(path.stem))]
+        for path in chosen:
+            print(f"{path.stem:<28} {'would run' if path in todo else 'already there'}")
         print(f"{len(todo)} of {len(chosen)} notebooks would run; tables and figures: {_short(p.figures_dir)}")
         return
     _make_folder(folder)
@@ -113,10 +111,8 @@ def run(
             record.unlink()
         about = p.figures_dir / "provenance.json"
         if changed or not about.is_file():
-            done, before = (
-                records.read(folder / "done.json", records.DONE, {}),
-                records.read(about, records.PROVENANCE, None),
-            )
+            done = records.read(folder / "done.json", records.DONE, {})
+            before = records.read(about, records.PROVENANCE, None)
             records.write(about, records.PROVENANCE, _provenance(p, done, before))
     made = sorted({path.stem for path in p.figures_dir.glob("*") if re.match(r"(fig|table)\d", path.name)})
     print(f"tables and figures: {_short(p.figures_dir)} ({', '.join(made) or 'none'})")

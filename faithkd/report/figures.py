@@ -199,14 +199,9 @@ def curves(histories: dict[str, pd.DataFrame]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3))
     for name, history in histories.items():
         left.plot(history["epoch"], history["loss"], color=COLOURS[name], label=name)
-        right.plot(history["epoch"], 100 * history["accuracy"], color=COLOURS[name], label=f"{name}, clean")
-        right.plot(
-            history["epoch"],
-            100 * history["robust_accuracy"],
-            color=COLOURS[name],
-            ls="--",
-            label=f"{name}, under PGD",
-        )
+        for column, line, label in (("accuracy", "-", "clean"), ("robust_accuracy", "--", "under PGD")):
+            look = {"color": COLOURS[name], "ls": line, "label": f"{name}, {label}"}
+            right.plot(history["epoch"], 100 * history[column], **look)
     left.set(xlabel="epoch", ylabel="training loss", ylim=(0, None))
     right.set(xlabel="epoch", ylabel="held-out accuracy (%)", ylim=(0, 102))
     left.legend()
@@ -228,27 +223,16 @@ def heat_map(p: "Params", frame: pd.DataFrame, details: dict, confidences: pd.Da
     for axes, (method, part) in zip(maps, frame.groupby("panel", sort=False), strict=True):
         grid = {name: part[name].to_numpy().reshape(side, side) for name in ("a", "b", "difference", "margin")}
         a, b = grid["a"], grid["b"]
-        mesh = axes.pcolormesh(
-            a,
-            b,
-            grid["difference"],
-            cmap="rocket_r",
-            vmin=0,
-            vmax=highest,
-            shading="gouraud",
-            rasterized=True,
-        )
+        look = {"cmap": "rocket_r", "vmin": 0, "vmax": highest, "shading": "gouraud", "rasterized": True}
+        mesh = axes.pcolormesh(a, b, grid["difference"], **look)
         levels = np.arange(0.1, highest, 0.1)
         axes.contour(a, b, grid["difference"], levels=levels, colors="black", alpha=0.25, linewidths=0.6)
         if part["disagree"].any():
             axes.contourf(a, b, grid["margin"], levels=[-1, 0], colors="none", hatches=["////"])
             axes.contour(a, b, grid["margin"], levels=[0], colors="black", linewidths=1.4)
         _mark_points(p, axes, details, confidences[confidences["network"] == method])
-        mean, worst, share = (
-            part["difference"].mean(),
-            part["difference"].max(),
-            100 * part["disagree"].mean(),
-        )
+        mean, worst = part["difference"].agg(["mean", "max"])
+        share = 100 * part["disagree"].mean()
         axes.set_title(f"student {method}", color=COLOURS[method], fontweight="bold", loc="left")
         axes.set_title(f"mean {mean:.2f}, max {worst:.2f}, other class {share:.0f} %", fontsize=9, loc="right")
         axes.set(aspect="equal", xlabel="pixels in which $x_1$ and $x_2$ differ")

@@ -79,20 +79,20 @@ def _measured() -> list[str]:
 
 def _contents(notebooks: list[Path]) -> list[str]:
     """A row for each notebook: number, title and link, and what its own first table says one gets."""
-    rows = [_row(["", "notebook", "what it is about"]), "|---" * 3 + "|"]
+    rows = []
     for path in notebooks:
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         head = re.search(r"^# (\d+) · (.+)$", first, re.MULTILINE)
         gets = re.search(r"^\|---\|---\|---\|\n\|[^|]*\|([^|]*)\|", first, re.MULTILINE)
         if not (head and gets):
             raise NotebookError(f"{path.name} must begin with «# NN · title» and a table you need | you get | time")
-        rows.append(_row([head[1], f"[{head[2]}](notebooks/{path.name})", gets[1].strip()]))
-    return rows
+        rows.append([head[1], f"[{head[2]}](notebooks/{path.name})", gets[1].strip()])
+    return _table(["", "notebook", "what it is about"], rows)
 
 
 def _expectations() -> list[str]:
     """A row for each profile whose figures are committed: data, time it took, FD's bounds in the middle of Table 2."""
-    rows = [_row(["profile", "data", "on 2 CPU cores", "what to expect"]), "|---" * 4 + "|"]
+    rows = []
     for profile, table in _committed("table2").items():  # without it, only some notebooks ran
         made = json.loads((paths.ROOT / "figures" / profile / "provenance.json").read_text(encoding="utf-8"))
         radii = list(dict.fromkeys(table["eps"]))
@@ -100,8 +100,8 @@ def _expectations() -> list[str]:
         mean = table[(table["method"] == "FD") & (table["eps"] == eps)].set_index("bound")["mean"]
         told = f"FD at ε = {eps}: mean EmpLB {mean['EmpLB']:.3f}, mean FaithUB {mean['FaithUB']:.3f}"
         minutes = f"{sum(made['seconds'].values()) / 60:.0f} min"
-        rows.append(_row([f"`{profile}`", made["params"]["data"]["name"], minutes, told]))
-    return rows
+        rows.append([f"`{profile}`", made["params"]["data"]["name"], minutes, told])
+    return _table(["profile", "data", "on 2 CPU cores", "what to expect"], rows)
 
 
 def weights_page(_text: str) -> str:
@@ -112,10 +112,11 @@ def weights_page(_text: str) -> str:
         found = folders.setdefault("/".join(place), {"seeds": set(), "networks": set()})
         found["seeds"].add(seed.removeprefix("seed"))
         found["networks"].add(name)
-    rows = [_row(["folder", "seeds", "networks"]), "|---" * 3 + "|"]
-    for folder, found in sorted(folders.items()):
-        rows.append(_row([f"`{folder}`", *(", ".join(sorted(names)) for names in found.values())]))
-    return WEIGHTS_HEAD + "\n".join(rows) + "\n"
+    rows = [
+        [f"`{folder}`", *(", ".join(sorted(names)) for names in found.values())]
+        for folder, found in sorted(folders.items())
+    ]
+    return WEIGHTS_HEAD + "\n".join(_table(["folder", "seeds", "networks"], rows)) + "\n"
 
 
 def paper_page(text: str) -> str:
@@ -128,7 +129,6 @@ def paper_page(text: str) -> str:
 
 def _committed(name: str) -> dict:
     """figures/<profile>/<name>.csv as a DataFrame for every profile that has one, without overrides and but QUICK."""
-
     files = sorted((paths.ROOT / "figures").glob(f"*/{name}.csv"))
     known = {file.stem for file in (paths.ROOT / "params").glob("*.yaml")} - {QUICK}
     files = [file for file in files if file.parent.name in known]
@@ -140,29 +140,21 @@ def _numbers() -> list[str]:
     found = _committed("ledger")
     if not found:
         return ["No data set of the paper has been run to `figures/` yet, so no number stands beside the paper's here."]
-    lines = [_row(["profile", "cells of", *("cells", *ledger.VERDICTS), "mean difference"]), "|---" * 8 + "|"]
+    compared, beside, methods = [], [], ("RT", "SD", "ARD", "RSLAD", "FD")
     for profile, table in found.items():
         for row in ledger.summary(table).to_dict("records"):
             off = f"{row['off']:.1f} " + ("points" if row["unit"] == "%" else "%")
-            lines.append(
-                _row(
-                    [
-                        f"`{profile}`",
-                        f"{row['table']}: {row['measure']}",
-                        *(row[n] for n in ("cells", *ledger.VERDICTS)),
-                        off,
-                    ]
-                )
-            )
-    methods = ("RT", "SD", "ARD", "RSLAD", "FD")
-    lines += ["", _row(["profile, seeds", "ours ± 95 % of the mean [paper]", *methods]), "|---" * 7 + "|"]
-    for profile, table in found.items():
+            counts = [row[name] for name in ("cells", *ledger.VERDICTS)]
+            compared.append([f"`{profile}`", f"{row['table']}: {row['measure']}", *counts, off])
         for title, part in _key_rows(table):
             values = {row["method"]: _beside(row) for row in part.to_dict("records")}
-            lines.append(
-                _row([f"`{profile}`, {_seeds(table)}", title, *(values.get(method, "–") for method in methods)])
-            )
-    return lines
+            shown = [values.get(method, "–") for method in methods]
+            beside.append([f"`{profile}`, {_seeds(table)}", title, *shown])
+    return [
+        *_table(["profile", "cells of", "cells", *ledger.VERDICTS, "mean difference"], compared),
+        "",
+        *_table(["profile, seeds", "ours ± 95 % of the mean [paper]", *methods], beside),
+    ]
 
 
 def _key_rows(table):
@@ -191,8 +183,7 @@ def _readings() -> list[str]:
             ("robust accuracy", method, eps) for method in ("RT", "SD", "FD") if method in set(table["method"])
         ]
         heads = [f"{method}: {measure}" + (f", ε = {e}" if e != "0" else "") for measure, method, e in shown]
-        lines += ["", _row([f"`{profile}`", *heads, *(f"off: {measure}" for measure in off)])]
-        lines.append("|---" * (1 + len(heads) + len(off.columns)) + "|")
+        rows = []
         for reading, distance in off.iterrows():
             part = table[table["reading"] == reading]
             cells = []
@@ -201,7 +192,8 @@ def _readings() -> list[str]:
                 low, high = part["value"][at].min(), part["value"][at].max()
                 cells.append(f"{low:.1f}" if low == high else f"{low:.1f} to {high:.1f}")
             cells += [f"{value:.{3 if measure in tables.BOUNDS else 1}f}" for measure, value in distance.items()]
-            lines.append(_row([f"`{reading}`" if "=" in reading else f"{reading}, all seeds", *cells]))
+            rows.append([f"`{reading}`" if "=" in reading else f"{reading}, all seeds", *cells])
+        lines += ["", *_table([f"`{profile}`", *heads, *(f"off: {measure}" for measure in off)], rows)]
     return lines[1:] or ["No data set of the paper has been run with other readings yet."]
 
 
@@ -217,5 +209,7 @@ def _seeds(table) -> str:
     return f"{count} seed{'s' if count != 1 else ''}"
 
 
-def _row(cells) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+def _table(heads: list[str], rows: list[list]) -> list[str]:
+    """The lines of a table in Markdown."""
+    head, *body = ("| " + " | ".join(map(str, row)) + " |" for row in (heads, *rows))
+    return [head, "|---" * len(heads) + "|", *body]

@@ -181,149 +181,106 @@ def layout(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     "autoattack", "strong" or "proved"; `table` comes from the function of that name, from `agreement_intervals`,
     `auto_attack` or `ledger.proved`.
     """
-    layouts = {"table1": _layout1, "table2": _layout2, "table3": _layout3, "table5": _layout5}
-    layouts |= {"best": _layout_best, "agreement": _layout_agreement, "proved": _layout_proved}
-    layouts |= {"autoattack": _layout_auto_attack, "strong": _layout_strong, "sample": _layout2}
-    layouts |= {"ladder": _layout_ladder}
-    return layouts[name](table)
-
-
-def _cell(value: float, theirs: float, digits: int, spread: float | None = None) -> str:
-    text = f"{value:.{digits}f}" + (f" ±{spread:.{digits}f}" if spread is not None else "")
-    return text if pd.isna(theirs) else f"{text} [{theirs:.{digits}f}]"
+    if name == "table1":
+        return _layout1(table)
+    if name in ("table2", "table5", "sample"):
+        return _layout2(table, "alpha" if name == "table5" else "method", "table5" if name == "table5" else "table2")
+    if name == "table3":
+        steps = [column for column in table if column.startswith("pgd")]
+        long = table.melt(["example", "method"], steps, var_name="steps")
+        long["row"], long["steps"] = long["example"] + "  " + long["method"], "PGD-" + long["steps"].str[3:]
+        best = _is("min", long, "value", ["example", "steps"])
+        return _grid(long, "row", "steps", "example", {"EmpLB": ("{value:.4f}", best)})
+    if name == "autoattack":
+        long = table.melt(["method"], ["PGD", "AutoAttack", "both"])
+        best = long["value"] == long["variable"].map(table[table["method"] != "RT"].max())
+        groups = {"robust accuracy (%)": ("{value:.1f}", best & (long["method"] != "RT"))}
+        missed = {"images": ("{missed} of {images}", False)}
+        shares = _grid(long, "method", "variable", "network", groups)
+        return _beside(shares, _grid(table.assign(head="PGD missed"), "method", "head", "network", missed))
+    if name == "ladder":
+        groups = {
+            f"mean bound [images below {CEILING}] at ε": ("{mean:.3f} [{informative:.0f} %]", table["rung"] == "best")
+        }
+        return _grid(table, "rung", "eps", "step", groups)
+    if name == "proved":  # a row per ordered pair of students
+        pairs = table["student"] + " nearer to RT than " + table["rival"]
+        proved = ("{proved:.1f} [{open:.1f}]", table["proved"] > table["lost"])
+        groups = {"images (%) on which it is proved [open] at ε": proved}
+        return _grid(table.assign(pair=pairs), "pair", "eps", "pair", groups)
+    if name == "best":  # the paper's EmpLB and FaithUB on the same images in brackets
+        table = table.assign(closed=table["closed"].map("{:.0f}".format).where(table["closed"].notna(), "–"))
+        groups = {
+            "δ* is at least": ("{BestLB:.3f}\n[{EmpLB:.3f}]", _is("min", table, "BestLB", "eps")),
+            "δ* is at most": ("{BestUB:.3f}\n[{FaithUB:.3f}]", _is("min", table, "BestUB", "eps")),
+            "gap closed (%)": ("{closed}", False),
+        }
+    elif name == "agreement":
+        best = _is("max", table, "certified", "eps")
+        groups = {"agreement with RT on the ball (%)": ("{certified:.1f} … {empirical:.1f}", best)}
+    elif name == "strong":
+        groups = {
+            "mean gain": ("{mean:.3f}", False),
+            "largest gain": ("{largest:.2f}", False),
+            "raised by > 0.01 (%)": ("{raised:.0f}", False),
+        }
+    else:
+        raise ValueError(f"there is no table {name!r}")
+    return _grid(table, "eps", "method", "ε", groups)
 
 
 def _layout1(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    both = beside_paper(table, "table1")
-    cells, best = {}, {}
+    both, found = beside_paper(table, "table1"), []
     for measure, title in zip(MEASURES, ("robust accuracy (%)", "agreement with RT (%)"), strict=True):
-        methods = [m for m in ("RT", *STUDENTS) if f"{measure}_{m}" in table]
-        values = table[[f"{measure}_{m}" for m in STUDENTS]]
-        for method in methods:
-            column = f"{measure}_{method}"
-            theirs = both.get(f"{column}_paper", pd.Series(np.nan, both.index))
-            cells[title, method] = [_cell(v, t, 1) for v, t in zip(table[column], theirs, strict=True)]
-            best[title, method] = (table[column] == values.max(axis=1)).to_numpy() & (method != "RT")
-    return _frames(cells, best, pd.Index(table["eps"], name="ε"))
+        columns = [f"{measure}_{m}" for m in ("RT", *STUDENTS) if f"{measure}_{m}" in table]
+        long = both.melt(["eps"], columns, var_name="column")
+        printed = both.reindex(columns=[f"{column}_paper" for column in columns])
+        long["theirs"] = [_bracket("{:.1f}", value) for value in printed.to_numpy().T.flat]
+        long["method"] = long["column"].str.removeprefix(f"{measure}_")
+        best = _is("max", long.assign(value=long["value"].where(long["method"] != "RT")), "value", "eps")
+        found.append(_grid(long, "eps", "method", "ε", {title: ("{value:.1f}{theirs}", best)}))
+    return _beside(*found)
 
 
-def _spread(mean: float, std: float) -> str:
-    return f"{mean:.3f} ±{std:.3f}"
-
-
-def _layout2(table: pd.DataFrame, by: str = "method", name: str = "table2"):
-    both = beside_paper(table, name).set_index(["eps", "bound", by])
-    radii, columns = list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table[by]))
-    cells, best = {}, {}
+def _layout2(table: pd.DataFrame, by: str, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    both, found = beside_paper(table, name), []
+    both["column"] = both[by] if by == "method" else both[by].map("α = {:g}".format)
+    # two lines: eight columns of both side by side do not fit a page
+    pairs = both.reindex(columns=["mean_paper", "std_paper"]).to_numpy()
+    both["theirs"] = [_bracket("{:.3f} ±{:.3f}", *pair).replace(" ", "\n", 1) for pair in pairs]
     for bound in BOUNDS:
-        lowest = [min(both.loc[(eps, bound, column)]["mean"] for column in columns) for eps in radii]
-        for column in columns:
-            rows = [both.loc[(eps, bound, column)] for eps in radii]
-            title = str(column) if by == "method" else f"α = {column:g}"
-            cells[bound, title] = [
-                _spread(r["mean"], r["std"])
-                # two lines: eight columns of both side by side do not fit a page
-                + ("" if pd.isna(r.get("mean_paper")) else f"\n[{_spread(r['mean_paper'], r['std_paper'])}]")
-                for r in rows
-            ]
-            best[bound, title] = [r["mean"] == low for r, low in zip(rows, lowest, strict=True)]
-    return _frames(cells, best, pd.Index(radii, name="ε"))
+        part = both[both["bound"] == bound]
+        text = ("{mean:.3f} ±{std:.3f}{theirs}", _is("min", part, "mean", "eps"))
+        found.append(_grid(part, "eps", "column", "ε", {bound: text}))
+    return _beside(*found)
 
 
-def _layout5(table: pd.DataFrame):
-    return _layout2(table, by="alpha", name="table5")
+def _bracket(form: str, *theirs: float) -> str:
+    """The paper's values in brackets, a blank before them; nothing where it prints none."""
+    return "" if pd.isna(theirs[0]) else f" [{form.format(*theirs)}]"
 
 
-def _layout3(table: pd.DataFrame):
-    columns = [c for c in table if c.startswith("pgd")]
-    lowest = table.groupby("example")[columns].transform("min")
-    cells = {("EmpLB", f"PGD-{c[3:]}"): [f"{value:.4f}" for value in table[c]] for c in columns}
-    best = {("EmpLB", f"PGD-{c[3:]}"): (table[c] == lowest[c]).to_numpy() for c in columns}
-    index = pd.Index([f"{e}  {m}" for e, m in zip(table["example"], table["method"], strict=True)], name="example")
-    return _frames(cells, best, index)
+def _is(extreme: str, table: pd.DataFrame, column: str, by) -> pd.Series:
+    """In which rows a column has the least ("min") or largest ("max") value among those with the same `by`."""
+    return table[column] == table.groupby(by)[column].transform(extreme)
 
 
-def _by_method(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """The rows by (eps, method), and both in their order."""
-    return table.set_index(["eps", "method"]), list(dict.fromkeys(table["eps"])), list(dict.fromkeys(table["method"]))
+def _grid(table: pd.DataFrame, row: str, column: str, name: str, groups: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The cells of `layout` from a table with a row per cell: `row` and `column` say where each stands.
+
+    `groups` holds the columns' groups: title → (text of a cell, a format with the table's columns; which are best).
+    """
+    rows, columns = pd.Index(table[row].unique(), name=name), table[column].unique()
+    frames = ({}, {})
+    for title, (text, best) in groups.items():
+        texts = pd.Series([text.format(**record) for record in table.to_dict("records")], table.index, dtype=object)
+        for found, values in zip(frames, (texts, best), strict=True):
+            placed = table.assign(cell=values).pivot(index=row, columns=column, values="cell")
+            found[title] = placed.reindex(index=rows, columns=columns)
+    cells, best = (pd.concat(found, axis=1).rename_axis(columns=(None, None)) for found in frames)
+    return cells, best
 
 
-def _layout_best(table: pd.DataFrame):
-    """Our bracket, with the paper's EmpLB and FaithUB on the same images in brackets."""
-    rows, radii, methods = _by_method(table)
-    cells, best = {}, {}
-    for title, ours, theirs in (("δ* is at least", "BestLB", "EmpLB"), ("δ* is at most", "BestUB", "FaithUB")):
-        values = rows[ours].unstack().loc[radii]
-        for method in methods:
-            pairs = [rows.loc[(eps, method), [ours, theirs]] for eps in radii]
-            cells[title, method] = [f"{mine:.3f}\n[{other:.3f}]" for mine, other in pairs]
-            best[title, method] = (values[method] == values.min(axis=1)).to_numpy()
-    for method in methods:
-        closed = [rows.loc[(eps, method), "closed"] for eps in radii]
-        cells["gap closed (%)", method] = ["–" if pd.isna(value) else f"{value:.0f}" for value in closed]
-        best["gap closed (%)", method] = [False] * len(radii)
-    return _frames(cells, best, pd.Index(radii, name="ε"))
-
-
-def _layout_ladder(table: pd.DataFrame):
-    rows, radii = table.set_index(["rung", "eps"]), list(dict.fromkeys(table["eps"]))
-    rungs, title = list(dict.fromkeys(table["rung"])), f"mean bound [images below {CEILING}] at ε"
-    cells, best = {}, {}
-    for eps in radii:
-        pairs = [rows.loc[(rung, eps), ["mean", "informative"]] for rung in rungs]
-        cells[title, eps] = [f"{mean:.3f} [{share:.0f} %]" for mean, share in pairs]
-        best[title, eps] = [rung == "best" for rung in rungs]
-    return _frames(cells, best, pd.Index(rungs, name="step"))
-
-
-def _layout_agreement(table: pd.DataFrame):
-    rows, radii, methods = _by_method(table)
-    cells, best, title = {}, {}, "agreement with RT on the ball (%)"
-    highest = rows["certified"].unstack().max(axis=1)
-    for method in methods:
-        ends = [rows.loc[(eps, method), ["certified", "empirical"]] for eps in radii]
-        cells[title, method] = [f"{low:.1f} … {high:.1f}" for low, high in ends]
-        best[title, method] = [low == highest[eps] for (low, _), eps in zip(ends, radii, strict=True)]
-    return _frames(cells, best, pd.Index(radii, name="ε"))
-
-
-def _layout_proved(table: pd.DataFrame):
-    """A row per ordered pair of students: at each ε the images (%) proved for the first, and those that stay open."""
-    rows, cells, best = table.set_index(["student", "rival", "eps"]), {}, {}
-    pairs = list(dict.fromkeys(zip(table["student"], table["rival"], strict=True)))
-    title = "images (%) on which it is proved [open] at ε"
-    for eps in dict.fromkeys(table["eps"]):
-        there = [rows.loc[(*pair, eps)] for pair in pairs]
-        cells[title, eps] = [f"{row['proved']:.1f} [{row['open']:.1f}]" for row in there]
-        best[title, eps] = [row["proved"] > row["lost"] for row in there]
-    return _frames(cells, best, pd.Index([f"{one} nearer to RT than {other}" for one, other in pairs], name="pair"))
-
-
-def _layout_auto_attack(table: pd.DataFrame):
-    cells, best, title = {}, {}, "robust accuracy (%)"
-    students = table["method"] != "RT"
-    for column in ("PGD", "AutoAttack", "both"):
-        cells[title, column] = [f"{value:.1f}" for value in table[column]]
-        best[title, column] = (students & (table[column] == table[column][students].max())).to_numpy()
-    cells["images", "PGD missed"] = [f"{row.missed} of {row.images}" for row in table.itertuples()]
-    best["images", "PGD missed"] = [False] * len(table)
-    return _frames(cells, best, pd.Index(table["method"], name="network"))
-
-
-def _layout_strong(table: pd.DataFrame):
-    rows, radii, methods = _by_method(table)
-    cells, best = {}, {}
-    titles = {"mean": ("mean gain", 3), "largest": ("largest gain", 2), "raised": ("raised by > 0.01 (%)", 0)}
-    for column, (title, digits) in titles.items():
-        for method in methods:
-            cells[title, method] = [f"{rows.loc[(eps, method), column]:.{digits}f}" for eps in radii]
-            best[title, method] = [False] * len(radii)
-    return _frames(cells, best, pd.Index(radii, name="ε"))
-
-
-def _frames(cells: dict, best: dict, index: pd.Index) -> tuple[pd.DataFrame, pd.DataFrame]:
-    columns = pd.MultiIndex.from_tuples(list(cells))
-    return (
-        pd.DataFrame(np.array(list(cells.values()), dtype=object).T, index=index, columns=columns),
-        pd.DataFrame(np.array(list(best.values()), dtype=bool).T, index=index, columns=columns),
-    )
+def _beside(*parts: tuple[pd.DataFrame, pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    cells, best = (pd.concat(frames, axis=1) for frames in zip(*parts, strict=True))
+    return cells, best
