@@ -1,7 +1,7 @@
 """auto_LiRPA, the library behind the alpha,beta-CROWN verifier, as a peer. Installed by hand, see README.md here.
 
 Two ways, each with CROWN and with its optimised slopes ("CROWN-Optimized", the library's own number of steps):
-per network, its 90 logit differences as rows, then eqs (10) and (11) as for our own bounds; and directly on the
+per network, its C(C-1) logit differences as rows, then eqs (10) and (11) as for our own bounds; and directly on the
 function softmax(g_t(x)) - softmax(g_s(x)), which is what one would try first. It computes in float32 and does not
 round outwards.
 """
@@ -13,9 +13,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from faithkd.bounds.linear import as_matrix, difference_rows
-from faithkd.bounds.network import ball, check_images
-from faithkd.bounds.softmax import pair_bound
+from benchmarks.common import ball
+from faithkd.bounds import interval_bound, softmax_interval
+from faithkd.errors import FaithkdError
 
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     warnings.simplefilter("ignore")  # it uses parts of torch that newer versions call deprecated
@@ -23,6 +23,30 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
 
 # Its default for convolutions, "patches", refuses to optimise through max-pooling and names this mode instead.
 OPTIONS = {"conv_mode": "matrix"}
+
+
+def upper_bound(name: str, teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None) -> Tensor:
+    """One of the four ways by its name in the benchmark: images `(N, *shape)` to `(N,)`.
+
+    Raises FaithkdError where its optimiser would stand still.
+    """
+    if "optimised" in name and not clamp_passes_gradients():
+        raise FaithkdError(
+            f"{name}: auto_LiRPA's slopes start at 0 and 1 and never move with torch {torch.__version__}, in which "
+            "clamp has no gradient at its ends; it asks for torch < 2.9"
+        )
+    method = "CROWN-Optimized" if "optimised" in name else "CROWN"
+    if name.endswith("direct"):
+        lower, upper = bounds(Difference(teacher, student), x, eps, clip, method)
+        return torch.maximum(-lower, upper).amax(1).double().nan_to_num(1.0).clamp(max=1)
+    return interval_bound(*(softmax_interval(differences(net, x, eps, clip, method)) for net in (teacher, student)))
+
+
+def clamp_passes_gradients() -> bool:
+    """Whether torch.clamp has a gradient at its very ends, as it had in all versions that auto_LiRPA was made for."""
+    ends = torch.tensor([0.0, 1.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(ends.clamp(0, 1).sum(), ends)
+    return bool((gradient == 1).all())
 
 
 class Difference(nn.Module):
@@ -36,28 +60,20 @@ class Difference(nn.Module):
         return torch.softmax(self.teacher(x), 1) - torch.softmax(self.student(x), 1)
 
 
-def per_network(
-    teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None, *, method: str
-) -> Tensor:
-    """FaithUB with bounds of z_j - z_i by auto_LiRPA: images `(N, *shape)` to `(N,)`."""
-    rows, pairs = difference_rows(10 if not len(x) else teacher(x[:1]).shape[1])
-    rows = rows.float().expand(len(x), -1, -1)
-    highest = []
-    for network in (teacher, student):
-        _, upper = bounds(network, x, eps, clip, method, C=rows, bound_lower=False)
-        highest.append(as_matrix(upper.double(), pairs, rows.shape[2]))
-    return pair_bound(*highest)
-
-
-def direct(teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None, *, method: str) -> Tensor:
-    """The larger of |lower| and |upper| of softmax(g_t) - softmax(g_s), at most 1: `(N,)`."""
-    lower, upper = bounds(Difference(teacher, student), x, eps, clip, method)
-    return torch.maximum(-lower, upper).amax(1).double().nan_to_num(1.0).clamp(max=1)
+def differences(network: nn.Module, x: Tensor, eps: float, clip, method: str) -> Tensor:
+    """Largest z_j - z_i of one network, `(N, C, C)` at (i, j), eq. (9)."""
+    unit = torch.eye(network(x[:1]).shape[1])
+    i, j = (1 - unit).nonzero(as_tuple=True)
+    rows = (unit[j] - unit[i]).expand(len(x), -1, -1)
+    _, upper = bounds(network, x, eps, clip, method, C=rows, bound_lower=False)
+    highest = torch.zeros(len(x), *unit.shape, dtype=torch.float64)
+    highest[:, i, j] = upper.double()
+    return highest
 
 
 def bounds(network: nn.Module, x: Tensor, eps: float, clip, method: str, **options) -> tuple[Tensor, Tensor]:
     """compute_bounds of one module over the ball, without the library's messages."""
-    low, high = (end.float() for end in ball(check_images(x), eps, clip))
+    low, high = (end.float() for end in ball(x, eps, clip))
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         bounded = BoundedModule(network.float().eval(), torch.empty_like(low), OPTIONS, device="cpu")

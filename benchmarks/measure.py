@@ -1,93 +1,93 @@
-"""One measurement: one contender, one pair of networks, some images, in a process of its own on one thread."""
+"""Who bounds, our own methods and the peers, and one measurement: in a process of its own, on one thread."""
 
 import multiprocessing
 import os
-import resource
-import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import contenders
-from faithkd import data
+from benchmarks.common import Contender
+from faithkd.bounds import faithfulness_upper_bound
 from faithkd.errors import FaithkdError
-from faithkd.params import Params
 
 WARM_UP = 1e-3  # share of eps at which first, untimed images are bounded: all is loaded then, and little is to do
+BY_HAND = "by hand (benchmarks/README.md says into what) from https://github.com/Verified-Intelligence/auto_LiRPA"
+CONTENDERS = {
+    "interval": Contender("interval arithmetic"),
+    "crown": Contender("linear bounds (CROWN), per network"),
+    "alpha-crown": Contender("optimised slopes, per network"),
+    "joint": Contender("shared input, optimised"),
+    "bab": Contender("branch and bound", anytime=True),
+    "best": Contender("the ladder of all, all cores", anytime=True),
+    "lp": Contender("our LP by cvxpy and HiGHS", slow=True),
+    "paper-lp": Contender("the paper's LP by gurobipy", "gurobipy"),
+    "lirpa-crown": Contender("auto_LiRPA CROWN, per network", "auto_LiRPA", BY_HAND),
+    "lirpa-optimised": Contender("auto_LiRPA optimised, per network", "auto_LiRPA", BY_HAND),
+    "lirpa-crown-direct": Contender("auto_LiRPA CROWN on the difference", "auto_LiRPA", BY_HAND),
+    "lirpa-optimised-direct": Contender("auto_LiRPA optimised on the difference", "auto_LiRPA", BY_HAND),
+}
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to measure: `contender` on the images `x` `(N, *shape)`; `budget` in seconds an image, `nodes` an image."""
+def measure(name: str, pair: tuple, x: Tensor, eps: float, clip: tuple | None, rounds: int = 1, **effort) -> dict:
+    """Bounds `(N,)`, seconds an image (median of the rounds), MB, and in `note` why there are none.
 
-    contender: str
-    teacher: nn.Sequential
-    student: nn.Sequential
-    x: Tensor
-    eps: float
-    clip: tuple | None = None
-    budget: float | None = None
-    nodes: int | None = None
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Bounds `(N,)` (NaN where there are none), wall and processor seconds of all images, MB of memory, what failed.
-
-    Memory is the peak above what the process held before the first image, with all imports made.
+    `effort`: `budget` in seconds or `nodes` an image, for who takes one. In a new process, so that nobody pays for
+    another's memory or profits from another's caches.
     """
-
-    values: Tensor
-    seconds: float = float("nan")
-    cpu_seconds: float = float("nan")
-    megabytes: float = float("nan")
-    note: str = ""
-
-
-def images_of(p: Params) -> data.Split:
-    """The test subset in the order of the test set, as all committed results have it."""
-    subset = data.test_subset(p)
-    return subset[subset.index.argsort()]
-
-
-def run(job: Job) -> Measurement:
-    """Measure in a new process, so that nobody pays for another's memory or profits from another's caches."""
-    nothing = torch.full((len(job.x),), torch.nan, dtype=torch.float64)
+    nothing = {"bound": np.full(len(x), np.nan), "seconds": np.nan, "megabytes": np.nan}
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measured, job).result()
-    except BrokenProcessPool:
-        return Measurement(nothing, note="its process died: out of memory?")
-    except FaithkdError as refusal:  # not installed, licence too small, a layer that it does not know
-        return Measurement(nothing, note=str(refusal))
-    except Exception as failure:
-        if not contenders.CONTENDERS[job.contender].peer:
+            return pool.submit(measured, name, pair, x, eps, clip, rounds, **effort).result() | {"note": ""}
+    except FaithkdError as refusal:  # licence too small, a layer that it does not know
+        return nothing | {"note": str(refusal)}
+    except Exception as failure:  # a peer's is a result, too
+        if not CONTENDERS[name].package:
             raise
-        return Measurement(nothing, note=f"failed: {type(failure).__name__}: {failure}")  # a result, too
+        return nothing | {"note": f"failed: {type(failure).__name__}: {failure}"}
 
 
-def measured(job: Job) -> Measurement:
-    """The measurement itself. Raises FaithkdError where the contender cannot run."""
+def measured(name: str, pair: tuple, x: Tensor, eps: float, clip: tuple | None, rounds: int, **effort) -> dict:
+    """The measurement itself. Memory is the peak above what the process held before, with all imports made."""
     torch.set_num_threads(1)
-    if job.contender != "best":
-        os.environ["FAITHKD_JOBS"] = "1"
-    bound = contenders.load(job.contender, job.budget, job.nodes)
+    bound = load(name)
     before = peak_megabytes()
-    few = contenders.load(job.contender, job.budget and min(job.budget, 0.1), job.nodes and 1)
-    one_each = os.cpu_count() if job.contender == "best" else 1  # so that its workers are there when time counts
-    few(job.teacher, job.student, job.x[:one_each], WARM_UP * job.eps, job.clip)
-    start, cpu = time.perf_counter(), time.process_time()
-    values = bound(job.teacher, job.student, job.x, job.eps, job.clip)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    little = {key: min(most, {"budget": 0.1, "nodes": 1}[key]) for key, most in effort.items()}
+    one_each = os.cpu_count() if name == "best" else 1  # so that its workers are there when time counts
+    bound(*pair, x[:one_each], WARM_UP * eps, clip, **little)
+    spent = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        values = bound(*pair, x, eps, clip, **effort)
+        spent.append(time.perf_counter() - start)
     megabytes = peak_megabytes() - before + workers_megabytes()
-    if job.contender == "best":
+    if name == "best":
         stop_workers()
-    return Measurement(values.detach().double(), seconds, cpu_seconds, megabytes)
+    return {"bound": values.double().numpy(), "seconds": np.median(spent) / len(x), "megabytes": megabytes}
+
+
+def load(name: str) -> Callable:
+    """The contender as a function (teacher, student, x, eps, clip, **effort) to `(N,)`; imports all that it needs."""
+    if name == "paper-lp":
+        from benchmarks import paper_lp
+
+        return paper_lp.upper_bound
+    if name.startswith("lirpa"):
+        from benchmarks import lirpa
+
+        return partial(lirpa.upper_bound, name)
+    if name == "lp":
+        import cvxpy  # noqa: F401  no part of what is measured
+
+    def ours(teacher, student, x, eps, clip, **effort) -> Tensor:
+        return faithfulness_upper_bound(teacher, student, x, eps, method=name, clip=clip, **effort).values
+
+    return ours
 
 
 def stop_workers() -> None:
@@ -98,20 +98,15 @@ def stop_workers() -> None:
 
 
 def peak_megabytes(process: str = "self") -> float:
-    """The most memory that a process ever held.
-
-    Linux keeps it in /proc; `ru_maxrss` would count there what the parent held before the process was started.
-    """
+    """The most memory that a process ever held, as Linux says it; NaN elsewhere."""
     status = Path(f"/proc/{process}/status")
-    if status.is_file():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmHWM"].split()[0]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    if not status.is_file():
+        return float("nan")
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
 
 
 def workers_megabytes() -> float:
-    """The peaks of the processes that this one started and that still live; 0 where /proc does not list them."""
+    """The peaks of the processes that this one started and that still live."""
     tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    children = [child for task in tasks for child in task.read_text().split()]
-    return sum(peak_megabytes(child) for child in children)
+    return sum(peak_megabytes(child) for task in tasks for child in task.read_text().split())
