@@ -165,13 +165,13 @@ def by_torchattacks(task: Task) -> Callable[[], Tensor]:
 
 def rescaled(network: nn.Sequential, low: float, width: float) -> nn.Sequential:
     """The network as a function of (x - low) / width, by new weights of its first layer."""
-    network = deepcopy(network)
-    first = next(layer for layer in network if not isinstance(layer, nn.Flatten))
+    place = next(k for k, layer in enumerate(network) if not isinstance(layer, nn.Flatten))
+    first = deepcopy(network[place])
     if not isinstance(first, nn.Linear | nn.Conv2d) or first.bias is None or any(getattr(first, "padding", ())):
         raise FaithkdError("the first layer must be linear with a bias, or a convolution without padding")
     first.bias += low * first.weight.flatten(1).sum(1)
     first.weight *= width
-    return network
+    return nn.Sequential(*network[:place], first, *network[place + 1 :])
 
 
 def by_foolbox(task: Task) -> Callable[[], Tensor]:
@@ -200,7 +200,7 @@ def checked(name: str, task: Task, attack: Callable[[], Tensor]) -> float:
     hook = task.network[-1].register_forward_hook(see)
     points = attack().detach()
     hook.remove()
-    if name != "torchattacks" and len(gradients) != task.steps:
+    if len(gradients) != task.steps:
         raise FaithkdError(f"{name} took {len(gradients)} gradients where {task.steps} were asked for")
     outside = float((points - task.x).abs().max()) - task.eps
     if not outside <= TOLERANCE:
@@ -216,7 +216,8 @@ def markdown(frame: pd.DataFrame, told: dict) -> str:
         | {"loss": f"{row.loss:.4f}", "ms": f"{row.ms:.1f}", "÷ ours": f"{row.to_ours:.2f}"}
         for row in frame.itertuples()
     ]
-    return f"PGD, median of {told['rounds']} rounds; {conditions(told)}, one thread.\n\n{pipes(pd.DataFrame(lines), left=3)}"
+    head = f"PGD, median of {told['rounds']} rounds; {conditions(told)}, one thread."
+    return f"{head}\n\n{pipes(pd.DataFrame(lines), left=3)}"
 
 
 if __name__ == "__main__":

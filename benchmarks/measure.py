@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def measure(name: str, pair: tuple, x: Tensor, eps: float, clip: tuple | None, r
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             return pool.submit(measured, name, pair, x, eps, clip, rounds, **effort).result() | {"note": ""}
+    except BrokenProcessPool:
+        return nothing | {"note": "its process died: out of memory?"}
     except FaithkdError as refusal:  # licence too small, a layer that it does not know
         return nothing | {"note": str(refusal)}
     except Exception as failure:  # a peer's is a result, too

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
@@ -129,7 +130,8 @@ def frontier(values: pd.DataFrame, few: int) -> sns.FacetGrid:
     table["contender"] = table["method"].map(lambda name: CONTENDERS[name].what)
     look = {"hue": "contender", "style": "contender", "markers": True, "dashes": False, "estimator": None}
     size = {"col": "eps", "col_wrap": 3, "height": 2.9, "aspect": figures.WIDTH / 3 / 2.9}
-    grid = sns.relplot(table[table["bound"].notna()], x="seconds", y="closed", kind="line", **look, **size)
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn lays its panels out itself
+        grid = sns.relplot(table[table["bound"].notna()], x="seconds", y="closed", kind="line", **look, **size)
     sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=3, title="")
     grid.set(xscale="log", ylim=(BOTTOM - 3, 103), yticks=range(0, 101, 20))
     return grid.set_titles("ε = {col_name}").set_axis_labels("seconds an image", "gap closed (%)")

@@ -47,7 +47,7 @@ def main(
 
 
 def run(checks: int, seed: int, names: list[str]) -> tuple[Counter, Counter]:
-    """Checks made and balls with a violation by method, over as many random pairs as it takes. Prints each violation."""
+    """Checks made and violated balls by method, over as many random pairs as it takes. Prints each violation."""
     made, wrong, number = Counter(), Counter(), 0
     while made.total() < checks:
         draw = Random(1_000_003 * seed + number)
