@@ -95,7 +95,8 @@ def cell(row, few: bool) -> str:
         return row.note.partition(":")[0]
     shout = f" **{row.violations} below EmpLB**" if row.violations else ""
     mean = "" if few else f"{row.bound:.4f} · "
-    return f"{mean}{100 * row.share:.0f} %{shout}"
+    share = "" if math.isnan(row.share) else f"{round(100 * row.share)} %"
+    return f"{mean}{share}{shout}"
 
 
 def ratios(values: pd.DataFrame) -> pd.DataFrame:
