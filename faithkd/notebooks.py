@@ -295,7 +295,7 @@ def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
 
 
 def _measured() -> list[str]:
-    """What the benchmarks found on MNIST: bounds and cost, tightness over time, ratios to the peers, attacks; see there."""
+    """What the benchmarks found on MNIST: bounds and cost, tightness over time, ratios to the peers, attacks."""
     folder = paths.ROOT / "benchmarks" / "results"
     if not (folder / "bounds-mnist.md").is_file():
         return []
