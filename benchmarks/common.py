@@ -1,9 +1,9 @@
 """What the benchmarks share: who can take part, what the numbers rest on, and how they are written."""
 
-import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 import typer
 from torch import Tensor
 
+from faithkd import params
 from faithkd.errors import FaithkdError
-from faithkd.params import Params
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,12 +23,13 @@ Profile = Annotated[str, typer.Option(help="Which params/*.yaml.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a parameter; repeatable.")
 ]
+OnlyReport = Annotated[bool, typer.Option("--report", help="Only write tables and plots anew.")]
 Out = Annotated[Path, typer.Option(help="Where the results go.")]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`what` it is in a table; a peer has the `package` that it comes in, and what to say of how to install it.
+    """`what` it is in a table; a peer comes in a `package`, installed as `install` says.
 
     `anytime`: takes a budget in seconds an image; `slow`: gets few images; `labels`: attacks the cross-entropy only.
     """
@@ -40,23 +41,19 @@ class Contender:
     slow: bool = False
     labels: bool = False
 
-    @property
-    def absent(self) -> str:
-        """Why it cannot take part, "" if it can."""
-        if not self.package or version(self.package):
-            return ""
-        return f"{self.package} is not installed: {self.install or f'pip install {self.package}'}"
 
-
-def taking_part(names: str, known: dict[str, Contender], always: list[str]) -> list[str]:
+def taking_part(names: str, known: dict[str, Contender], always: str) -> list[str]:
     """Those of `names`, given by commas, that are there, after `always`; prints who is not, and how to install it."""
-    asked = names.split(",")
-    if unknown := [name for name in asked if name not in known]:
-        raise FaithkdError(f"unknown contender {unknown[0]!r}: choose from {', '.join(known)}")
-    reasons = {name: known[name].absent for name in asked}
-    for reason in dict.fromkeys(filter(None, reasons.values())):
-        print(f"without {', '.join(name for name in asked if reasons[name] == reason)}: {reason}")
-    return list(dict.fromkeys([*always, *(name for name in asked if not reasons[name])]))
+    there = [always]
+    for name in names.split(","):
+        if name not in known:
+            raise FaithkdError(f"unknown contender {name!r}: choose from {', '.join(known)}")
+        package, install = known[name].package, known[name].install
+        if package and not version(package):
+            print(f"without {name}: {package} is not installed: {install or f'pip install {package}'}")
+        else:
+            there.append(name)
+    return list(dict.fromkeys(there))
 
 
 def version(package: str) -> str | None:
@@ -67,7 +64,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def facts(p: Params, contenders: dict[str, Contender]) -> dict:
+def facts(p: params.Params, contenders: dict[str, Contender]) -> dict:
     """What the numbers rest on, without anything that names a machine or a person."""
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
@@ -95,27 +92,24 @@ def ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tens
     return (low, high) if clip is None else (torch.maximum(low, clip[0]), torch.minimum(high, clip[1]))
 
 
-def pipes(table: pd.DataFrame, left: int = 1) -> str:
-    """A frame of text as a markdown table, its first `left` columns left-aligned."""
+def pipes(lines: list[dict[str, str]], left: int = 1) -> str:
+    """A markdown table, its first `left` columns left-aligned."""
+    table = pd.DataFrame(lines).fillna("")
     rule = ["---"] * left + ["---:"] * (table.shape[1] - left)
-    lines = [list(table), rule, *table.fillna("").to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [list(table), rule, *table.to_numpy().tolist()])
 
 
-def save(out: Path, name: str, frame: pd.DataFrame, text: str) -> None:
-    """A frame as .csv, and what people read of it as .md."""
-    frame.to_csv(out / f"{name}.csv", index=False, lineterminator="\n", float_format="%.6g")
-    (out / f"{name}.md").write_text(text + "\n", encoding="utf-8", newline="\n")
+def save(path: Path, content: pd.DataFrame | str) -> None:
+    """A frame as CSV, a text as it is; the same bytes on every system."""
+    text = content if isinstance(content, str) else content.to_csv(index=False, lineterminator="\n")
+    path.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
 
 
-def save_facts(out: Path, name: str, told: dict) -> None:
-    """What the numbers rest on, as .json."""
-    (out / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8", newline="\n")
-
-
-def start(app: typer.Typer) -> None:
+def start(main: Callable) -> None:
     """Run a command on one thread; what a user can mend is one line, without a traceback."""
     torch.set_num_threads(1)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(main)
     try:
         app()
     except FaithkdError as error:

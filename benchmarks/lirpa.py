@@ -17,36 +17,11 @@ from benchmarks.common import ball
 from faithkd.bounds import interval_bound, softmax_interval
 from faithkd.errors import FaithkdError
 
-with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-    warnings.simplefilter("ignore")  # it uses parts of torch that newer versions call deprecated
-    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
+with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm  # uses parts of torch that are deprecated
 
 # Its default for convolutions, "patches", refuses to optimise through max-pooling and names this mode instead.
 OPTIONS = {"conv_mode": "matrix"}
-
-
-def upper_bound(name: str, teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None) -> Tensor:
-    """One of the four ways by its name in the benchmark: images `(N, *shape)` to `(N,)`.
-
-    Raises FaithkdError where its optimiser would stand still.
-    """
-    if "optimised" in name and not clamp_passes_gradients():
-        raise FaithkdError(
-            f"{name}: auto_LiRPA's slopes start at 0 and 1 and never move with torch {torch.__version__}, in which "
-            "clamp has no gradient at its ends; it asks for torch < 2.9"
-        )
-    method = "CROWN-Optimized" if "optimised" in name else "CROWN"
-    if name.endswith("direct"):
-        lower, upper = bounds(Difference(teacher, student), x, eps, clip, method)
-        return torch.maximum(-lower, upper).amax(1).double().nan_to_num(1.0).clamp(max=1)
-    return interval_bound(*(softmax_interval(differences(net, x, eps, clip, method)) for net in (teacher, student)))
-
-
-def clamp_passes_gradients() -> bool:
-    """Whether torch.clamp has a gradient at its very ends, as it had in all versions that auto_LiRPA was made for."""
-    ends = torch.tensor([0.0, 1.0], requires_grad=True)
-    (gradient,) = torch.autograd.grad(ends.clamp(0, 1).sum(), ends)
-    return bool((gradient == 1).all())
 
 
 class Difference(nn.Module):
@@ -60,22 +35,37 @@ class Difference(nn.Module):
         return torch.softmax(self.teacher(x), 1) - torch.softmax(self.student(x), 1)
 
 
-def differences(network: nn.Module, x: Tensor, eps: float, clip, method: str) -> Tensor:
-    """Largest z_j - z_i of one network, `(N, C, C)` at (i, j), eq. (9)."""
-    unit = torch.eye(network(x[:1]).shape[1])
-    i, j = (1 - unit).nonzero(as_tuple=True)
-    rows = (unit[j] - unit[i]).expand(len(x), -1, -1)
-    _, upper = bounds(network, x, eps, clip, method, C=rows, bound_lower=False)
-    highest = torch.zeros(len(x), *unit.shape, dtype=torch.float64)
-    highest[:, i, j] = upper.double()
-    return highest
+def upper_bound(name: str, teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None) -> Tensor:
+    """One of the four ways by its name in the benchmark: images `(N, *shape)` to `(N,)`.
+
+    Raises FaithkdError where its optimiser would stand still: torch.clamp must have a gradient at its very ends.
+    """
+    ends = torch.tensor([0.0, 1.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(ends.clamp(0, 1).sum(), ends)
+    if "optimised" in name and not (gradient == 1).all():
+        raise FaithkdError(
+            f"{name}: auto_LiRPA's slopes start at 0 and 1 and never move with torch {torch.__version__}, in which "
+            "clamp has no gradient at its ends; it asks for torch < 2.9"
+        )
+    method = "CROWN-Optimized" if "optimised" in name else "CROWN"
+    if name.endswith("direct"):
+        lower, upper = bounds(Difference(teacher, student), x, eps, clip, method)
+        return torch.maximum(-lower, upper).amax(1).double().nan_to_num(1.0).clamp(max=1)
+    highest = []
+    for network in (teacher, student):
+        unit = torch.eye(network(x[:1]).shape[1])
+        i, j = (1 - unit).nonzero(as_tuple=True)
+        rows = (unit[j] - unit[i]).expand(len(x), -1, -1)
+        _, upper = bounds(network, x, eps, clip, method, C=rows, bound_lower=False)
+        highest.append(torch.zeros(len(x), *unit.shape, dtype=torch.float64))
+        highest[-1][:, i, j] = upper.double()  # z_j - z_i, eq. (9)
+    return interval_bound(*map(softmax_interval, highest))
 
 
 def bounds(network: nn.Module, x: Tensor, eps: float, clip, method: str, **options) -> tuple[Tensor, Tensor]:
     """compute_bounds of one module over the ball, without the library's messages."""
     low, high = (end.float() for end in ball(x, eps, clip))
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         bounded = BoundedModule(network.float().eval(), torch.empty_like(low), OPTIONS, device="cpu")
         images = BoundedTensor(x.float(), PerturbationLpNorm(norm=float("inf"), x_L=low, x_U=high))
         found = bounded.compute_bounds(x=(images,), method=method, **options)

@@ -19,59 +19,59 @@ from faithkd.errors import FaithkdError
 
 WARM_UP = 1e-3  # share of eps at which first, untimed images are bounded: all is loaded then, and little is to do
 BY_HAND = "by hand (benchmarks/README.md says into what) from https://github.com/Verified-Intelligence/auto_LiRPA"
-CONTENDERS = {
+CONTENDERS = {  # in this order they are measured and shown: each of ours beside the peers like it
     "interval": Contender("interval arithmetic"),
     "crown": Contender("linear bounds (CROWN), per network"),
+    "lirpa-crown": Contender("auto_LiRPA CROWN, per network", "auto_LiRPA", BY_HAND),
+    "lirpa-crown-direct": Contender("auto_LiRPA CROWN on the difference", "auto_LiRPA", BY_HAND),
     "alpha-crown": Contender("optimised slopes, per network"),
+    "lirpa-optimised": Contender("auto_LiRPA optimised, per network", "auto_LiRPA", BY_HAND),
     "joint": Contender("shared input, optimised"),
+    "lirpa-optimised-direct": Contender("auto_LiRPA optimised on the difference", "auto_LiRPA", BY_HAND),
+    "paper-lp": Contender("the paper's LP by gurobipy", "gurobipy"),
+    "lp": Contender("our LP by cvxpy and HiGHS", slow=True),
     "bab": Contender("branch and bound", anytime=True),
     "best": Contender("the ladder of all, all cores", anytime=True),
-    "lp": Contender("our LP by cvxpy and HiGHS", slow=True),
-    "paper-lp": Contender("the paper's LP by gurobipy", "gurobipy"),
-    "lirpa-crown": Contender("auto_LiRPA CROWN, per network", "auto_LiRPA", BY_HAND),
-    "lirpa-optimised": Contender("auto_LiRPA optimised, per network", "auto_LiRPA", BY_HAND),
-    "lirpa-crown-direct": Contender("auto_LiRPA CROWN on the difference", "auto_LiRPA", BY_HAND),
-    "lirpa-optimised-direct": Contender("auto_LiRPA optimised on the difference", "auto_LiRPA", BY_HAND),
 }
 
 
-def measure(name: str, pair: tuple, x: Tensor, eps: float, clip: tuple | None, rounds: int = 1, **effort) -> dict:
-    """Bounds `(N,)`, seconds an image (median of the rounds), MB, and in `note` why there are none.
+def measure(name: str, pair: tuple, x: Tensor, eps: float, clip: tuple | None, budget: float | None) -> dict:
+    """Bounds `(N,)`, wall and processor seconds an image, MB, and in `note` why there are none.
 
-    `effort`: `budget` in seconds or `nodes` an image, for who takes one. In a new process, so that nobody pays for
-    another's memory or profits from another's caches.
+    In a new process, so that nobody pays for another's memory or profits from another's caches.
     """
-    nothing = {"bound": np.full(len(x), np.nan), "seconds": np.nan, "megabytes": np.nan}
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measured, name, pair, x, eps, clip, rounds, **effort).result() | {"note": ""}
+            return pool.submit(measured, name, pair, x, eps, clip, budget).result()
     except BrokenProcessPool:
-        return nothing | {"note": "its process died: out of memory?"}
+        note = "its process died: out of memory?"
     except FaithkdError as refusal:  # licence too small, a layer that it does not know
-        return nothing | {"note": str(refusal)}
+        note = str(refusal)
     except Exception as failure:  # a peer's is a result, too
         if not CONTENDERS[name].package:
             raise
-        return nothing | {"note": f"failed: {type(failure).__name__}: {failure}"}
+        note = f"failed: {type(failure).__name__}: {failure}"
+    nothing = dict.fromkeys(["seconds", "cpu_seconds", "megabytes"], np.nan)
+    return nothing | {"bound": np.full(len(x), np.nan), "note": note}
 
 
-def measured(name: str, pair: tuple, x: Tensor, eps: float, clip: tuple | None, rounds: int, **effort) -> dict:
+def measured(name: str, pair: tuple, x: Tensor, eps: float, clip: tuple | None, budget: float | None) -> dict:
     """The measurement itself. Memory is the peak above what the process held before, with all imports made."""
     torch.set_num_threads(1)
     bound = load(name)
     before = peak_megabytes()
-    little = {key: min(most, {"budget": 0.1, "nodes": 1}[key]) for key, most in effort.items()}
+    little, effort = ({}, {}) if budget is None else ({"budget": min(budget, 0.1)}, {"budget": budget})
     one_each = os.cpu_count() if name == "best" else 1  # so that its workers are there when time counts
     bound(*pair, x[:one_each], WARM_UP * eps, clip, **little)
-    spent = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        values = bound(*pair, x, eps, clip, **effort)
-        spent.append(time.perf_counter() - start)
-    megabytes = peak_megabytes() - before + workers_megabytes()
+    start, cpu = time.perf_counter(), time.process_time()
+    values = bound(*pair, x, eps, clip, **effort)
+    seconds, cpu_seconds = (time.perf_counter() - start) / len(x), (time.process_time() - cpu) / len(x)
+    children = [child for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
+    megabytes = peak_megabytes() - before + sum(map(peak_megabytes, children))
     if name == "best":
         stop_workers()
-    return {"bound": values.double().numpy(), "seconds": np.median(spent) / len(x), "megabytes": megabytes}
+    costs = {"seconds": seconds, "cpu_seconds": cpu_seconds, "megabytes": megabytes}
+    return costs | {"bound": values.double().numpy(), "note": ""}
 
 
 def load(name: str) -> Callable:
@@ -107,9 +107,3 @@ def peak_megabytes(process: str = "self") -> float:
         return float("nan")
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 1024
-
-
-def workers_megabytes() -> float:
-    """The peaks of the processes that this one started and that still live."""
-    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return sum(peak_megabytes(child) for task in tasks for child in task.read_text().split())

@@ -45,27 +45,24 @@ def differences(network: nn.Sequential, x: Tensor, eps: float, clip=None, tolera
     return torch.from_numpy(np.stack(found))
 
 
+@torch.no_grad()
 def affine_layers(network: nn.Sequential, shape: tuple[int, ...]) -> Layers:
     """What lies between two ReLUs as W, b on flat inputs."""
-    runs = [nn.Sequential()]
-    for layer in deepcopy(network).cpu().double():
-        if isinstance(layer, nn.ReLU):
-            runs.append(nn.Sequential())
-        elif isinstance(layer, nn.Linear | nn.Conv2d | nn.Flatten):
-            runs[-1].append(layer)
-        else:
-            raise FaithkdError(f"the paper's LP is not written for {type(layer).__name__}; leave paper-lp out")
-    found = []
-    for run in runs:
-        with torch.no_grad():
+    found, run = [], nn.Sequential()
+    for layer in [*deepcopy(network).cpu().double(), nn.ReLU()]:
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Flatten):
+            run.append(layer)
+        elif isinstance(layer, nn.ReLU):
             shift = run(torch.zeros(1, *shape, dtype=torch.float64))
             columns = run(torch.eye(math.prod(shape), dtype=torch.float64).unflatten(1, shape)) - shift
-        found.append((columns.flatten(1).T.numpy(), shift.flatten().numpy()))
-        shape = shift.shape[1:]
+            found.append((columns.flatten(1).T.numpy(), shift.flatten().numpy()))
+            shape, run = shift.shape[1:], nn.Sequential()
+        else:
+            raise FaithkdError(f"the paper's LP is not written for {type(layer).__name__}; leave paper-lp out")
     return found
 
 
-def crown(layers: Layers, low: np.ndarray, high: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def crown(layers: Layers, low: np.ndarray, high: np.ndarray) -> Layers:
     """The least and largest input of each ReLU over the box [low, high], each by rows passed back to the image."""
     boxes = []
     for weight, bias in layers[:-1]:
@@ -74,7 +71,7 @@ def crown(layers: Layers, low: np.ndarray, high: np.ndarray) -> list[tuple[np.nd
             above = chords(least, most)
             below = np.where(most > -least, 1.0, 0.0)
             total = total - rows.clip(min=0) @ (above * least.clip(max=0))
-            rows = rows.clip(min=0) * above + rows.clip(max=0) * np.where(least >= 0, 1.0, below)
+            rows = rows.clip(min=0) * above + rows.clip(max=0) * below
             rows, total = rows @ before, total + rows @ shift
         ends = total + rows.clip(min=0) @ high + rows.clip(max=0) @ low
         boxes.append((-ends[len(bias) :], ends[: len(bias)]))
@@ -123,8 +120,4 @@ def triangles(model: gp.Model, z: gp.MVar, least: np.ndarray, most: np.ndarray) 
 @functools.cache
 def environment() -> gp.Env:
     """One silent Gurobi environment on one thread; its start checks the licence."""
-    env = gp.Env(empty=True)
-    env.setParam("OutputFlag", 0)
-    env.setParam("Threads", 1)
-    env.start()
-    return env
+    return gp.Env(params={"OutputFlag": 0, "Threads": 1})
