@@ -31,7 +31,7 @@ Out = Annotated[Path, typer.Option(help="Where the results go.")]
 class Contender:
     """`what` it is in a table; a peer comes in a `package`, installed as `install` says.
 
-    `anytime`: takes a budget in seconds an image; `slow`: gets few images; `labels`: attacks the cross-entropy only.
+    `anytime`: takes a budget in seconds an image; `slow`: gets few images.
     """
 
     what: str
@@ -39,7 +39,6 @@ class Contender:
     install: str = ""
     anytime: bool = False
     slow: bool = False
-    labels: bool = False
 
 
 def taking_part(names: str, known: dict[str, Contender], always: str) -> list[str]:

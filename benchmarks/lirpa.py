@@ -1,9 +1,8 @@
 """auto_LiRPA, the library behind the alpha,beta-CROWN verifier, as a peer. Installed by hand, see README.md here.
 
-Two ways, each with CROWN and with its optimised slopes ("CROWN-Optimized", the library's own number of steps):
-per network, its C(C-1) logit differences as rows, then eqs (10) and (11) as for our own bounds; and directly on the
-function softmax(g_t(x)) - softmax(g_s(x)), which is what one would try first. It computes in float32 and does not
-round outwards.
+Per network, its C(C-1) logit differences as rows by CROWN or with its optimised slopes ("CROWN-Optimized", the
+library's own number of steps), then eqs (10) and (11) as for our own bounds. It computes in float32 and does not round
+outwards.
 """
 
 import contextlib
@@ -24,19 +23,8 @@ with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.Str
 OPTIONS = {"conv_mode": "matrix"}
 
 
-class Difference(nn.Module):
-    """softmax(g_t(x)) - softmax(g_s(x)), `(N, C)`, the function whose largest absolute value is delta*."""
-
-    def __init__(self, teacher: nn.Module, student: nn.Module):
-        super().__init__()
-        self.teacher, self.student = teacher, student
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(self.teacher(x), 1) - torch.softmax(self.student(x), 1)
-
-
 def upper_bound(name: str, teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None) -> Tensor:
-    """One of the four ways by its name in the benchmark: images `(N, *shape)` to `(N,)`.
+    """One of the two ways by its name in the benchmark: images `(N, *shape)` to `(N,)`.
 
     Raises FaithkdError where its optimiser would stand still: torch.clamp must have a gradient at its very ends.
     """
@@ -48,25 +36,20 @@ def upper_bound(name: str, teacher: nn.Sequential, student: nn.Sequential, x: Te
             "clamp has no gradient at its ends; it asks for torch < 2.9"
         )
     method = "CROWN-Optimized" if "optimised" in name else "CROWN"
-    if name.endswith("direct"):
-        lower, upper = bounds(Difference(teacher, student), x, eps, clip, method)
-        return torch.maximum(-lower, upper).amax(1).double().nan_to_num(1.0).clamp(max=1)
-    highest = []
-    for network in (teacher, student):
-        unit = torch.eye(network(x[:1]).shape[1])
-        i, j = (1 - unit).nonzero(as_tuple=True)
-        rows = (unit[j] - unit[i]).expand(len(x), -1, -1)
-        _, upper = bounds(network, x, eps, clip, method, C=rows, bound_lower=False)
-        highest.append(torch.zeros(len(x), *unit.shape, dtype=torch.float64))
-        highest[-1][:, i, j] = upper.double()  # z_j - z_i, eq. (9)
+    highest = (differences(network, x, eps, clip, method) for network in (teacher, student))
     return interval_bound(*map(softmax_interval, highest))
 
 
-def bounds(network: nn.Module, x: Tensor, eps: float, clip, method: str, **options) -> tuple[Tensor, Tensor]:
-    """compute_bounds of one module over the ball, without the library's messages."""
+def differences(network: nn.Module, x: Tensor, eps: float, clip, method: str) -> Tensor:
+    """Largest z_j - z_i of one network, `(N, C, C)` at (i, j), eq. (9), without the library's messages."""
+    unit = torch.eye(network(x[:1]).shape[1])
+    i, j = (1 - unit).nonzero(as_tuple=True)
+    rows = (unit[j] - unit[i]).expand(len(x), -1, -1)
     low, high = (end.float() for end in ball(x, eps, clip))
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         bounded = BoundedModule(network.float().eval(), torch.empty_like(low), OPTIONS, device="cpu")
         images = BoundedTensor(x.float(), PerturbationLpNorm(norm=float("inf"), x_L=low, x_U=high))
-        found = bounded.compute_bounds(x=(images,), method=method, **options)
-    return tuple(None if end is None else end.detach() for end in found)
+        _, upper = bounded.compute_bounds(x=(images,), method=method, C=rows, bound_lower=False)
+    highest = torch.zeros(len(x), *unit.shape, dtype=torch.float64)
+    highest[:, i, j] = upper.detach().double()
+    return highest
