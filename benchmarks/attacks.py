@@ -7,7 +7,6 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,20 +17,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.common import (
-    RESULTS,
-    Contender,
-    OnlyReport,
-    Out,
-    Profile,
-    Settings,
-    conditions,
-    facts,
-    pipes,
-    save,
-    start,
-    taking_part,
-)
+from benchmarks import common
+from benchmarks.common import RESULTS, Contender, OnlyReport, Out, Profile, Settings, pipes, save
 from faithkd import attacks, data, experiment, params
 from faithkd.errors import FaithkdError
 from faithkd.evaluation import confidence_difference
@@ -39,11 +26,9 @@ from faithkd.losses import METHODS, attack_labels
 
 TASKS = ("RT", *METHODS, "EmpLB")
 TOLERANCE = 1e-5  # how far float32, and a change of variables and back, may carry a point out of its ball
-NO_DEPS = "pip install --no-deps torchattacks (else it brings an old requests)"
 CONTENDERS = {
     "ascend": Contender("faithkd, last point (training)"),
     "search": Contender("faithkd, best point (evaluation)"),
-    "torchattacks": Contender("torchattacks PGD", "torchattacks", NO_DEPS),
     "foolbox": Contender("foolbox LinfPGD", "foolbox"),
 }
 
@@ -62,9 +47,13 @@ def main(
     p = params.load(profile, settings or [])
     if not only_report:
         out.mkdir(parents=True, exist_ok=True)
-        told = facts(p, CONTENDERS) | {"eps": str(p.train.attack.eps), "steps": p.evaluate.steps, "rounds": rounds}
+        told = common.facts(p, CONTENDERS) | {
+            "eps": str(p.train.attack.eps),
+            "steps": p.evaluate.steps,
+            "rounds": rounds,
+        }
         save(out / f"attacks-{profile}.json", json.dumps(told, indent=1))
-        names, parts = taking_part(methods, CONTENDERS, always="ascend"), []
+        names, parts = common.taking_part(methods, CONTENDERS, always="ascend"), []
         for size, name in itertools.product(map(int, batches.split(",")), tasks.split(",")):
             parts.append(compare(make_task(p, name, size), names, rounds))
             print(parts[-1].to_string(index=False, float_format="%.4g"), flush=True)
@@ -78,27 +67,25 @@ def write(out: Path, profile: str) -> None:
     lines = []
     for row in pd.read_csv(out / f"attacks-{profile}.csv").query("contender in @CONTENDERS").itertuples():
         who = {"task": row.task, "images": str(row.batch), "": f"{CONTENDERS[row.contender].what}: `{row.contender}`"}
-        times = {"ms": f"{1000 * row.median:.1f}", "least ms": f"{1000 * row.minimum:.1f}"}
+        times = {"median": f"{1000 * row.median:.1f}", "least": f"{1000 * row.minimum:.1f}"}
         lines.append(who | {"loss": f"{row.loss:.4f}"} | times | {"÷ ours": f"{row.to_ours:.2f}"})
-    head = f"{told['steps']} steps of PGD, median and least of {told['rounds']} rounds; {conditions(told)}, one thread."
+    head = (
+        f"{told['steps']} steps of PGD, {told['rounds']} rounds, milliseconds; {common.conditions(told)}, one thread."
+    )
     save(out / f"attacks-{profile}.md", f"{head}\n\n{pipes(lines, left=3)}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to maximise over the eps-balls around `x`: `objective`, `(N, *shape)` to `(N,)`, made by `attack`.
-
-    `attack_labels` makes the cross-entropy of `network` with `y`, which all libraries know.
-    """
+    """What to maximise over the eps-balls around `x`: `objective`, `(N, *shape)` to `(N,)`; `sizes` of the steps."""
 
     name: str
     network: nn.Sequential
-    attack: Callable
     objective: Callable[[Tensor], Tensor]
     x: Tensor
     y: Tensor
     eps: float
-    sizes: dict  # steps and step_size
+    sizes: dict
 
 
 def make_task(p: params.Params, name: str, size: int) -> Task:
@@ -112,17 +99,18 @@ def make_task(p: params.Params, name: str, size: int) -> Task:
     images, guide = data.training(p)[slice(0, size)], experiment.teacher(p).requires_grad_(False)
     network = guide if name == "RT" else experiment.student(p, "FD" if name == "EmpLB" else name).requires_grad_(False)
     attack = (METHODS[name].attack if name in METHODS else None) or attack_labels
+    objective = attack(network, guide, images.x, images.y)
     if name == "EmpLB":
-        attack = lambda student, teacher, _x, _y: partial(confidence_difference, teacher, student)  # noqa: E731
+        objective = partial(confidence_difference, guide, network)
     eps, steps = float(p.train.attack.eps), p.evaluate.steps
     sizes = {"steps": steps, "step_size": float(p.evaluate.step_factor) * eps / steps}
-    return Task(name, network, attack, attack(network, guide, images.x, images.y), images.x, images.y, eps, sizes)
+    return Task(name, network, objective, images.x, images.y, eps, sizes)
 
 
 def compare(task: Task, names: list[str], rounds: int) -> pd.DataFrame:
     """A row for each contender: the loss it reaches, checked once, and its times by turns.
 
-    A library that fails, does not know the objective or does less than it is asked for, is left out and said to be.
+    A library that fails, or does less than it is asked for, is left out and said to be.
     """
     ready, losses = {}, {}
     for name in names:
@@ -159,31 +147,6 @@ def by_search(task: Task) -> Callable[[], Tensor]:
     return lambda: attacks.search(lambda z: (task.objective(z),) * 2, task.x, task.eps, **options)[0]
 
 
-def by_torchattacks(task: Task) -> Callable[[], Tensor]:
-    """torchattacks.PGD clips to [0, 1]: it gets the images moved there, so far from the ends that it never does."""
-    import torchattacks
-
-    if task.attack is not attack_labels:
-        raise FaithkdError("it has no place for an objective of one's own")
-    low, width = float(task.x.min()) - 2 * task.eps, float(task.x.max() - task.x.min()) + 4 * task.eps
-    network, images = rescaled(task.network, low, width), (task.x - low) / width
-    step = task.sizes["step_size"] / width
-    attack = torchattacks.PGD(network, eps=task.eps / width, alpha=step, steps=task.sizes["steps"])
-    return lambda: attack(images, task.y) * width + low
-
-
-def rescaled(network: nn.Sequential, low: float, width: float) -> nn.Sequential:
-    """The network as a function of (x - low) / width by new weights of its first layer, which costs nothing."""
-    place = next(k for k, layer in enumerate(network) if not isinstance(layer, nn.Flatten))
-    layers = nn.Sequential(*network)
-    layers[place] = first = deepcopy(network[place])
-    if not isinstance(first, nn.Linear | nn.Conv2d) or first.bias is None or any(getattr(first, "padding", ())):
-        raise FaithkdError("the first layer must be linear with a bias, or a convolution without padding")
-    first.bias += low * first.weight.flatten(1).sum(1)
-    first.weight *= width
-    return layers
-
-
 def by_foolbox(task: Task) -> Callable[[], Tensor]:
     """foolbox's LinfPGD, with our objective in the place that it keeps for one; its images may lie in any range."""
     import eagerpy
@@ -199,7 +162,7 @@ def by_foolbox(task: Task) -> Callable[[], Tensor]:
     return lambda: attack(model, task.x, task.y, epsilons=task.eps)[1]
 
 
-MAKERS = {"ascend": by_ascend, "search": by_search, "torchattacks": by_torchattacks, "foolbox": by_foolbox}
+MAKERS = {"ascend": by_ascend, "search": by_search, "foolbox": by_foolbox}
 
 
 def checked(name: str, task: Task, attack: Callable[[], Tensor]) -> float:
@@ -223,4 +186,4 @@ def checked(name: str, task: Task, attack: Callable[[], Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    start(main)
+    common.start(main)

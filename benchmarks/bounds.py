@@ -5,18 +5,23 @@ Writes tables, the aims and a plot of tightness over time to benchmarks/results/
 
 import itertools
 import json
+import math
 import os
+import time
 from typing import Annotated
 
 import pandas as pd
 import typer
+from torch import Tensor
 
 from benchmarks import report
 from benchmarks.common import RESULTS, OnlyReport, Out, Profile, Settings, facts, save, start, taking_part
-from benchmarks.measure import CONTENDERS, measure
+from benchmarks.contenders import CONTENDERS, load
 from faithkd import data, experiment, params
+from faithkd.errors import FaithkdError
 
 DEFAULT = ",".join(name for name in CONTENDERS if name != "interval")
+WARM_UP = 1e-3  # share of eps
 LONG = 1.0  # seconds an image: above, only `best` is measured; `bab` is the same search on one core
 
 
@@ -40,7 +45,6 @@ def main(
         report.write(out, profile)
         return
     out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for all that is started from here; `best` starts its own workers
     specs = []
     for name in taking_part(methods, CONTENDERS, always="crown"):
         offered = [float(budget) for budget in budgets.split(",")] if CONTENDERS[name].anytime else [None]
@@ -58,27 +62,48 @@ def main(
 
 
 def measure_ball(p: params.Params, pair: tuple, eps: params.Ratio, specs: list, sizes: dict) -> pd.DataFrame:
-    """All contenders by turns on one pair of networks at one eps: a row per contender, budget and image."""
+    """All contenders by turns on one pair of networks at one eps: a row per contender, budget and image.
+
+    Those that are slow or take a budget have one turn; whoever fails has no more.
+    """
     images = data.test_subset(p)
     images = images[images.index.argsort()][: sizes["images"]]
     lowest = experiment.lower_bound(p, *pair, images, eps).values
     found = {spec: [] for spec in specs}
     for turn, (name, budget) in itertools.product(range(sizes["rounds"]), specs):
         contender, earlier = CONTENDERS[name], found[name, budget]
-        if turn and (contender.slow or contender.anytime or earlier[0]["note"]):
+        if turn and (contender.slow or contender.anytime or earlier[0]["note"].any()):
             continue
         few = sizes["slow_images"] if contender.slow else sizes["frontier_images"] if (budget or 0) > LONG else None
-        earlier.append(measure(name, pair, images.x[:few], float(eps), data.clip_range(p), budget))
-        report.say(eps, name, budget, earlier[-1])
-    parts = []
-    for (name, budget), rounds in found.items():
-        times = pd.DataFrame(rounds)[["seconds", "cpu_seconds", "megabytes"]].median()
-        part = pd.DataFrame({"bound": rounds[0]["bound"], "method": name, "budget": budget, **times})
-        whose = {"image": images.index[: len(part)], "EmpLB": lowest[: len(part)]}
-        parts.append(part.assign(note=rounds[0]["note"], **whose))
-    whole = pd.concat(parts, ignore_index=True)
+        effort = {"clip": data.clip_range(p)} | ({} if budget is None else {"budget": budget})
+        part = measure(name, pair, images.x[:few], float(eps), effort).assign(method=name, budget=budget)
+        earlier.append(part.assign(image=images.index[: len(part)], EmpLB=lowest[: len(part)]))
+        told = part["note"][0] or f"mean {part['bound'].mean():.4f}, {part['seconds'][0]:.4f} s an image"
+        print(f"eps {eps}  {report.label(name, budget):<28} {told}", flush=True)
+    times = {spec: pd.concat(parts)[["seconds", "cpu_seconds"]].median() for spec, parts in found.items()}
+    whole = pd.concat([parts[0].assign(**times[spec]) for spec, parts in found.items()], ignore_index=True)
     crown = whole[whole["method"] == "crown"].set_index("image")["bound"]
     return whole.assign(crown=whole["image"].map(crown))
+
+
+def measure(name: str, pair: tuple, x: Tensor, eps: float, effort: dict) -> pd.DataFrame:
+    """Bounds, wall and processor seconds an image, and in `note` why there are none: what a peer cannot is a result.
+
+    First some images are bounded untimed in tiny balls, so that all is loaded and all workers are there.
+    """
+    try:
+        bound = load(name)
+        bound(*pair, x[: os.cpu_count()], WARM_UP * eps, **effort)
+        start, cpu = time.perf_counter(), time.process_time()
+        values = bound(*pair, x, eps, **effort)
+        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    except Exception as failure:
+        if not CONTENDERS[name].package:
+            raise
+        note = str(failure) if isinstance(failure, FaithkdError) else f"failed: {type(failure).__name__}: {failure}"
+        return pd.DataFrame({"bound": [math.nan] * len(x), "seconds": math.nan, "cpu_seconds": math.nan, "note": note})
+    costs = {name: seconds / len(x) for name, seconds in spent.items()}
+    return pd.DataFrame({"bound": values.double().numpy(), **costs, "note": ""})
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from typing import Annotated
 import pandas as pd
 import torch
 import typer
-from torch import Tensor
 
 from faithkd import params
 from faithkd.errors import FaithkdError
 
 RESULTS = Path(__file__).parent / "results"
+INSTALLED = {package.name: package.version for package in metadata.distributions()}
 
 Profile = Annotated[str, typer.Option(help="Which params/*.yaml.")]
 Settings = Annotated[
@@ -48,34 +48,26 @@ def taking_part(names: str, known: dict[str, Contender], always: str) -> list[st
         if name not in known:
             raise FaithkdError(f"unknown contender {name!r}: choose from {', '.join(known)}")
         package, install = known[name].package, known[name].install
-        if package and not version(package):
+        if package and package not in INSTALLED:
             print(f"without {name}: {package} is not installed: {install or f'pip install {package}'}")
         else:
             there.append(name)
     return list(dict.fromkeys(there))
 
 
-def version(package: str) -> str | None:
-    """The installed version, None where it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def facts(p: params.Params, contenders: dict[str, Contender]) -> dict:
     """What the numbers rest on, without anything that names a machine or a person."""
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    peers = (contender.package for contender in contenders.values() if contender.package)
-    packages = ("faithkd", "torch", "numpy", "cvxpy", "highspy", *peers)
+    peers = [contender.package for contender in contenders.values()]
+    versions = {name: INSTALLED[name] for name in ("torch", "numpy", "cvxpy", "highspy", *peers) if name in INSTALLED}
     return {
         "profile": p.profile,
         "overrides": {name: str(value) for name, value in p.overrides.items()},
         "seed": p.seed,
         "processor": models[0].partition(":")[2].strip() if models else platform.machine(),
         "cores": os.cpu_count(),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages if version(name)},
+        "versions": {"python": platform.python_version()} | versions,
     }
 
 
@@ -83,12 +75,6 @@ def conditions(told: dict) -> str:
     """Profile, changed parameters and machine in a few words, from `facts`."""
     changed = "".join(f", {name}={value}" for name, value in told["overrides"].items())
     return f"profile {told['profile']}{changed}; {told['processor']}, {told['cores']} cores"
-
-
-def ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
-    """Corners of B_eps(x) in float64, cut off at `clip` = (low, high)."""
-    low, high = x.double() - eps, x.double() + eps
-    return (low, high) if clip is None else (torch.maximum(low, clip[0]), torch.minimum(high, clip[1]))
 
 
 def pipes(lines: list[dict[str, str]], left: int = 1) -> str:

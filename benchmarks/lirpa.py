@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import ball
+from faithkd.attacks import ball
 from faithkd.bounds import interval_bound, softmax_interval
 from faithkd.errors import FaithkdError
 
@@ -45,7 +45,7 @@ def differences(network: nn.Module, x: Tensor, eps: float, clip, method: str) ->
     unit = torch.eye(network(x[:1]).shape[1])
     i, j = (1 - unit).nonzero(as_tuple=True)
     rows = (unit[j] - unit[i]).expand(len(x), -1, -1)
-    low, high = (end.float() for end in ball(x, eps, clip))
+    low, high = (end.float() for end in ball(x.double(), eps, clip))
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         bounded = BoundedModule(network.float().eval(), torch.empty_like(low), OPTIONS, device="cpu")
         images = BoundedTensor(x.float(), PerturbationLpNorm(norm=float("inf"), x_L=low, x_U=high))

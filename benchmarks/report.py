@@ -9,12 +9,12 @@ import pandas as pd
 import seaborn as sns
 
 from benchmarks.common import conditions, pipes, save
-from benchmarks.measure import CONTENDERS
+from benchmarks.contenders import CONTENDERS
 from faithkd import figures
 
 ROUNDING = 1e-12  # of evaluating EmpLB itself in float64
-CASE = ["student", "eps", "method", "budget"]
-MEANS = ["EmpLB", "crown", "bound", "seconds", "cpu_seconds", "megabytes"]
+CASE = ["student", "method", "budget"]
+MEANS = ["EmpLB", "crown", "bound", "seconds", "cpu_seconds"]
 BOTTOM = -12.0  # % of the gap
 FASTER = {  # (ours, peer): times as fast at least, looser at most
     ("crown", "paper-lp"): (100, 0.05),
@@ -23,9 +23,8 @@ FASTER = {  # (ours, peer): times as fast at least, looser at most
 }
 CLOSED = {"0.05": 0.83, "0.1": 0.7, "0.15": 0.6, "0.2": 0.3}  # `best` at one second on MNIST
 LEGEND = (
-    "Mean bound, and the share of the gap between CROWN per network and EmpLB that it closes (rows on fewer images: "
-    "only that, on those); seconds an image on one thread (`best`: all cores), MB of peak memory above that of the "
-    "imports."
+    "Mean bound, and the share of the gap between CROWN per network and EmpLB that it closes, both over as many images "
+    "as the row says; seconds an image on one thread (`best`: all cores)"
 )
 AIMED = "How many times faster than the peer, and by how much the mean bound is looser; what misses our aim is **bold**"
 
@@ -47,12 +46,6 @@ def write(out: Path, profile: str) -> None:
     print(f"results: {out}")
 
 
-def say(eps, name: str, budget: float | None, found: dict) -> None:
-    """One line of progress."""
-    told = found["note"] or f"mean {found['bound'].mean():.4f}, {found['seconds']:.4f} s an image"
-    print(f"eps {eps}  {label(name, budget):<28} {told}", flush=True)
-
-
 def label(name: str, budget: float | None) -> str:
     """A contender with its budget, as `best at 1 s`."""
     return name if budget is None or math.isnan(budget) else f"{name} at {budget:g} s"
@@ -64,7 +57,7 @@ def summary(values: pd.DataFrame) -> pd.DataFrame:
     The gap is CROWN per network minus EmpLB, both meant over the same images. `violations` counts bounds below EmpLB.
     """
     values = values.assign(violations=values["bound"] < values["EmpLB"] - ROUNDING)
-    groups = values.groupby(CASE, sort=False, dropna=False)
+    groups = values.groupby([*CASE, "eps"], sort=False, dropna=False)
     table = groups[MEANS].mean().assign(images=groups.size(), violations=groups["violations"].sum())
     gap = table["crown"] - table["EmpLB"]
     table["share"] = ((table["crown"] - table["bound"]) / gap).where(gap > 0)
@@ -74,42 +67,35 @@ def summary(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, facts: dict) -> str:
-    """The tables of the README: a row per contender, a column per eps, one table per student.
+    """The table of the README: a row per student and contender, a column per eps.
 
     Of the budgets only one second and the largest: all are in the CSV file and in the plot.
     """
     table = table[table["budget"].isna() | table["budget"].isin([1.0, table["budget"].max()])]
-    blocks = []
-    for student, part in table.groupby("student", sort=False):
-        lowest, most = part[part["method"] == "crown"].set_index("eps")["EmpLB"], part["images"].max()
-        lines = [{"": "*EmpLB, lower bound*"} | {f"ε = {eps}": f"{value:.4f}" for eps, value in lowest.items()}]
-        for (method, budget), rows in part.groupby(["method", "budget"], sort=False, dropna=False):
-            few = rows["images"].max() < most
-            name = f"{CONTENDERS[method].what}: `{label(method, budget)}`"
-            name += f" ({rows['images'].max()} of the images)" if few else ""
-            cost = {"s/image": span(rows["seconds"], ".2g"), "MB": span(rows["megabytes"], ".0f")}
-            lines.append({"": name} | {f"ε = {row.eps}": cell(row, few) for row in rows.itertuples()} | cost)
-        blocks.append(f"Student {student}, {most} images, {conditions(facts)}.\n\n{pipes(lines)}")
+    lines = []
+    for (student, method, budget), rows in table.groupby(CASE, sort=False, dropna=False):
+        who = {"student": student, "bound": f"{CONTENDERS[method].what}: `{label(method, budget)}`"}
+        cost = {
+            "images": str(rows["images"].max()),
+            "s/image": "–".join(dict.fromkeys(f"{end:.2g}" for end in rows["seconds"].agg(["min", "max"]))),
+        }
+        cells = {f"ε = {row.eps}": cell(row) for row in rows.itertuples()}
+        lines.append(who | cells | cost)
+        if method == "crown":
+            lowest = {f"ε = {row.eps}": f"{row.EmpLB:.4f}" for row in rows.itertuples()}
+            lines.append(
+                {"student": student, "bound": "*EmpLB, lower bound*"} | lowest | {"images": lines[-1]["images"]}
+            )
     notes = dict.fromkeys(f"`{row.method}`: {row.note}." for row in table.itertuples() if row.note)
-    return "\n\n".join([*blocks, "\n".join([LEGEND, *notes])])
+    return "\n\n".join([f"{LEGEND}; {conditions(facts)}.", pipes(lines, left=2), *notes])
 
 
-def cell(row, few: bool) -> str:
-    """Bound (not of few images: their mean is another) and share of the gap, or why there is none.
-
-    A violated bound is shouted.
-    """
+def cell(row) -> str:
+    """Bound and share of the gap, or why there is none. A violated bound is shouted."""
     if math.isnan(row.bound):
         return row.note.partition(":")[0]
     shout = f" **{row.violations} below EmpLB**" if row.violations else ""
-    mean = "" if few else f"{row.bound:.4f} · "
-    return f"{mean}{row.share:.0%}{shout}"
-
-
-def span(numbers: pd.Series, form: str) -> str:
-    """Smallest to largest; nothing where nothing was measured."""
-    ends = dict.fromkeys(f"{end:{form}}" for end in numbers.dropna().agg(["min", "max"]))
-    return "" if numbers.isna().all() else "–".join(ends)
+    return f"{row.bound:.4f} · {row.share:.0%}{shout}"
 
 
 def aims(values: pd.DataFrame, table: pd.DataFrame, facts: dict) -> str:

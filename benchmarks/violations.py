@@ -14,8 +14,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.common import ball, start
-from faithkd import empirical_lower_bound
+from benchmarks.common import start
+from faithkd import attacks, empirical_lower_bound
 from faithkd.bounds import METHODS, faithfulness_upper_bound
 from faithkd.evaluation import confidence_difference
 
@@ -47,7 +47,10 @@ def run(checks: int, seed: int, names: list[str]) -> tuple[Counter, Counter]:
     while made.total() < checks:
         draw = Random(1_000_003 * seed + number)
         torch.manual_seed(draw.getrandbits(60))
-        teacher, student, x = random_pair(draw)
+        flat, classes = draw.random() < 0.5, draw.randint(2, 5)
+        shape = (draw.randint(1, 6),) if flat else (draw.randint(1, 2), draw.randint(4, 6), draw.randint(4, 6))
+        teacher, student = (random_network(draw, shape, classes) for _ in range(2))
+        x = torch.randn(IMAGES, *shape, dtype=torch.float64)
         eps = 10 ** draw.uniform(-2.5, 0.3)
         reached = largest_difference(teacher, student, x, eps, number)
         for name in (name for name in names if name not in SOLVERS or number % RARE == 0):
@@ -63,21 +66,13 @@ def run(checks: int, seed: int, names: list[str]) -> tuple[Counter, Counter]:
 
 def largest_difference(teacher: nn.Module, student: nn.Module, x: Tensor, eps: float, seed: int) -> Tensor:
     """The largest ||f_t(x') - f_s(x')||_inf at many points of each ball, `(N,)`."""
-    low, high = (end.unsqueeze(1) for end in ball(x, eps))
+    low, high = (end.unsqueeze(1) for end in attacks.ball(x, eps))
     share = torch.rand(len(x), POINTS, *x.shape[1:], dtype=torch.float64)
     share[:, : POINTS // 2] = share[:, : POINTS // 2].round()  # corners
     points = (low + share * (high - low)).clamp(low, high)
     drawn = confidence_difference(teacher, student, points.flatten(0, 1)).view(len(x), -1).amax(1)
     climbed = empirical_lower_bound(teacher, student, x, eps, steps=STEPS, restarts=RESTARTS, seed=seed)
     return torch.maximum(drawn, climbed.values)
-
-
-def random_pair(draw: Random) -> tuple[nn.Sequential, nn.Sequential, Tensor]:
-    """Two small random networks of float64 weights on the same kind of images, and IMAGES images for them."""
-    classes, flat = draw.randint(2, 5), draw.random() < 0.5
-    shape = (draw.randint(1, 6),) if flat else (draw.randint(1, 2), draw.randint(4, 6), draw.randint(4, 6))
-    pair = [random_network(draw, shape, classes) for _ in range(2)]
-    return *pair, torch.randn(IMAGES, *shape, dtype=torch.float64)
 
 
 @torch.no_grad()
