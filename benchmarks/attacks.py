@@ -25,7 +25,7 @@ from faithkd.evaluation import confidence_difference
 from faithkd.losses import METHODS, attack_labels
 
 TASKS = ("RT", *METHODS, "EmpLB")
-TOLERANCE = 1e-5  # how far float32, and a change of variables and back, may carry a point out of its ball
+TOLERANCE = 1e-5  # how far float32 may carry a point out of its ball
 CONTENDERS = {
     "ascend": Contender("faithkd, last point (training)"),
     "search": Contender("faithkd, best point (evaluation)"),
@@ -47,11 +47,7 @@ def main(
     p = params.load(profile, settings or [])
     if not only_report:
         out.mkdir(parents=True, exist_ok=True)
-        told = common.facts(p, CONTENDERS) | {
-            "eps": str(p.train.attack.eps),
-            "steps": p.evaluate.steps,
-            "rounds": rounds,
-        }
+        told = common.facts(p, CONTENDERS) | {"steps": p.evaluate.steps, "rounds": rounds}
         save(out / f"attacks-{profile}.json", json.dumps(told, indent=1))
         names, parts = common.taking_part(methods, CONTENDERS, always="ascend"), []
         for size, name in itertools.product(map(int, batches.split(",")), tasks.split(",")):
@@ -69,9 +65,7 @@ def write(out: Path, profile: str) -> None:
         who = {"task": row.task, "images": str(row.batch), "": f"{CONTENDERS[row.contender].what}: `{row.contender}`"}
         times = {"median": f"{1000 * row.median:.1f}", "least": f"{1000 * row.minimum:.1f}"}
         lines.append(who | {"loss": f"{row.loss:.4f}"} | times | {"÷ ours": f"{row.to_ours:.2f}"})
-    head = (
-        f"{told['steps']} steps of PGD, {told['rounds']} rounds, milliseconds; {common.conditions(told)}, one thread."
-    )
+    head = f"{told['steps']} steps of PGD, {told['rounds']} rounds, in ms; {common.conditions(told)}, one thread."
     save(out / f"attacks-{profile}.md", f"{head}\n\n{pipes(lines, left=3)}")
 
 
@@ -116,8 +110,7 @@ def compare(task: Task, names: list[str], rounds: int) -> pd.DataFrame:
     for name in names:
         try:
             attack = MAKERS[name](task)
-            losses[name] = checked(name, task, attack)
-            ready[name] = attack
+            losses[name], ready[name] = checked(name, task, attack), attack
         except Exception as failure:
             if not CONTENDERS[name].package:
                 raise

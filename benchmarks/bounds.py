@@ -18,7 +18,6 @@ from benchmarks import report
 from benchmarks.common import RESULTS, OnlyReport, Out, Profile, Settings, facts, save, start, taking_part
 from benchmarks.contenders import CONTENDERS, load
 from faithkd import data, experiment, params
-from faithkd.errors import FaithkdError
 
 DEFAULT = ",".join(name for name in CONTENDERS if name != "interval")
 WARM_UP = 1e-3  # share of eps
@@ -69,41 +68,46 @@ def measure_ball(p: params.Params, pair: tuple, eps: params.Ratio, specs: list, 
     images = data.test_subset(p)
     images = images[images.index.argsort()][: sizes["images"]]
     lowest = experiment.lower_bound(p, *pair, images, eps).values
-    found = {spec: [] for spec in specs}
-    for turn, (name, budget) in itertools.product(range(sizes["rounds"]), specs):
-        contender, earlier = CONTENDERS[name], found[name, budget]
-        if turn and (contender.slow or contender.anytime or earlier[0]["note"].any()):
+    whose = pd.DataFrame({"image": images.index.tolist(), "EmpLB": lowest.tolist()})
+    parts, done = [], set()
+    for _, (name, budget) in itertools.product(range(sizes["rounds"]), specs):
+        if (name, budget) in done:
             continue
-        few = sizes["slow_images"] if contender.slow else sizes["frontier_images"] if (budget or 0) > LONG else None
+        slow, anytime = CONTENDERS[name].slow, CONTENDERS[name].anytime
+        few = sizes["slow_images"] if slow else sizes["frontier_images"] if (budget or 0) > LONG else len(images)
         effort = {"clip": data.clip_range(p)} | ({} if budget is None else {"budget": budget})
-        part = measure(name, pair, images.x[:few], float(eps), effort).assign(method=name, budget=budget)
-        earlier.append(part.assign(image=images.index[: len(part)], EmpLB=lowest[: len(part)]))
-        told = part["note"][0] or f"mean {part['bound'].mean():.4f}, {part['seconds'][0]:.4f} s an image"
+        found = measure(name, pair, images.x[:few], float(eps), effort)
+        parts.append(whose[:few].assign(method=name, budget=budget, **found))
+        if slow or anytime or found["note"]:
+            done.add((name, budget))
+        told = found["note"] or f"mean {found['bound'].mean():.4f}, {found['seconds']:.4f} s an image"
         print(f"eps {eps}  {report.label(name, budget):<28} {told}", flush=True)
-    times = {spec: pd.concat(parts)[["seconds", "cpu_seconds"]].median() for spec, parts in found.items()}
-    whole = pd.concat([parts[0].assign(**times[spec]) for spec, parts in found.items()], ignore_index=True)
+    whole, times = pd.concat(parts, ignore_index=True), ["seconds", "cpu_seconds"]
+    whole[times] = whole.groupby(["method", "budget"], dropna=False)[times].transform("median")
+    whole = whole.drop_duplicates(["method", "budget", "image"])
     crown = whole[whole["method"] == "crown"].set_index("image")["bound"]
     return whole.assign(crown=whole["image"].map(crown))
 
 
-def measure(name: str, pair: tuple, x: Tensor, eps: float, effort: dict) -> pd.DataFrame:
+def measure(name: str, pair: tuple, x: Tensor, eps: float, effort: dict) -> dict:
     """Bounds, wall and processor seconds an image, and in `note` why there are none: what a peer cannot is a result.
 
     First some images are bounded untimed in tiny balls, so that all is loaded and all workers are there.
     """
+    little = effort | dict.fromkeys(effort.keys() & {"budget"}, 0.1)
     try:
         bound = load(name)
-        bound(*pair, x[: os.cpu_count()], WARM_UP * eps, **effort)
+        bound(*pair, x[: os.cpu_count()], WARM_UP * eps, **little)
         start, cpu = time.perf_counter(), time.process_time()
         values = bound(*pair, x, eps, **effort)
-        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     except Exception as failure:
         if not CONTENDERS[name].package:
             raise
-        note = str(failure) if isinstance(failure, FaithkdError) else f"failed: {type(failure).__name__}: {failure}"
-        return pd.DataFrame({"bound": [math.nan] * len(x), "seconds": math.nan, "cpu_seconds": math.nan, "note": note})
-    costs = {name: seconds / len(x) for name, seconds in spent.items()}
-    return pd.DataFrame({"bound": values.double().numpy(), **costs, "note": ""})
+        nothing = dict.fromkeys(["bound", "seconds", "cpu_seconds"], math.nan)
+        return nothing | {"note": f"{type(failure).__name__}: {failure}"}
+    costs = {"seconds": seconds / len(x), "cpu_seconds": cpu_seconds / len(x)}
+    return {"bound": values.double().numpy(), **costs, "note": ""}
 
 
 if __name__ == "__main__":

@@ -34,16 +34,16 @@ def write(out: Path, profile: str) -> None:
     facts = json.loads((out / f"bounds-{profile}.json").read_text(encoding="utf-8"))
     values = pd.read_csv(out / f"values-{profile}.csv", dtype={"eps": str, "note": str}).fillna({"note": ""})
     table = summary(values)
+    told = aims(values, table, facts)
     save(out / f"bounds-{profile}.csv", table.round(6))
     save(out / f"bounds-{profile}.md", markdown(table, facts))
-    save(out / f"aims-{profile}.md", aims(values, table, facts))
+    save(out / f"aims-{profile}.md", told)
     figures.style()
     same = values["image"].drop_duplicates().iloc[: facts["frontier_images"]]  # a line mixes no easy images with hard
     grid = frontier(summary(values[values["image"].isin(same)]))
     grid.savefig(out / f"frontier-{profile}.pdf", metadata={"CreationDate": None, "ModDate": None})
     grid.savefig(out / f"frontier-{profile}.png", metadata={"Software": None})
-    print(aims(values, table, facts))
-    print(f"results: {out}")
+    print(f"{told}\nresults: {out}")
 
 
 def label(name: str, budget: float | None) -> str:
@@ -77,23 +77,20 @@ def markdown(table: pd.DataFrame, facts: dict) -> str:
         who = {"student": student, "bound": f"{CONTENDERS[method].what}: `{label(method, budget)}`"}
         cost = {
             "images": str(rows["images"].max()),
-            "s/image": "–".join(dict.fromkeys(f"{end:.2g}" for end in rows["seconds"].agg(["min", "max"]))),
+            "s/image": f"{rows['seconds'].min():.2g}–{rows['seconds'].max():.2g}",
         }
-        cells = {f"ε = {row.eps}": cell(row) for row in rows.itertuples()}
-        lines.append(who | cells | cost)
         if method == "crown":
             lowest = {f"ε = {row.eps}": f"{row.EmpLB:.4f}" for row in rows.itertuples()}
-            lines.append(
-                {"student": student, "bound": "*EmpLB, lower bound*"} | lowest | {"images": lines[-1]["images"]}
-            )
+            lines.append({"student": student, "bound": "*EmpLB, lower bound*"} | lowest)
+        lines.append(who | {f"ε = {row.eps}": cell(row) for row in rows.itertuples()} | cost)
     notes = dict.fromkeys(f"`{row.method}`: {row.note}." for row in table.itertuples() if row.note)
     return "\n\n".join([f"{LEGEND}; {conditions(facts)}.", pipes(lines, left=2), *notes])
 
 
 def cell(row) -> str:
-    """Bound and share of the gap, or why there is none. A violated bound is shouted."""
+    """Bound and share of the gap. A violated bound is shouted."""
     if math.isnan(row.bound):
-        return row.note.partition(":")[0]
+        return "failed"
     shout = f" **{row.violations} below EmpLB**" if row.violations else ""
     return f"{row.bound:.4f} · {row.share:.0%}{shout}"
 
@@ -112,7 +109,7 @@ def aims(values: pd.DataFrame, table: pd.DataFrame, facts: dict) -> str:
             told = f"{row.faster:.3g}×, {row.looser:+.2%}"
             line[f"ε = {row.eps}"] = told if row.faster >= times and row.looser <= room else f"**{told}**"
         lines.append(line)
-    line = {"ours": "`best at 1 s`", "beside": "the gap", "aim": ", ".join(f"{share:.0%}" for share in CLOSED.values())}
+    line = {"ours": "`best at 1 s`", "beside": "the gap", "aim": " ".join(f"{share:.0%}" for share in CLOSED.values())}
     for row in table.query("method == 'best' and budget == 1").itertuples():
         line[f"ε = {row.eps}"] = f"{row.share:.0%}" if row.share >= CLOSED.get(row.eps, 0) else f"**{row.share:.0%}**"
     below = f"{table['violations'].sum()} bounds lie below EmpLB; the aim is none."
