@@ -19,7 +19,6 @@ from benchmarks.common import RESULTS, OnlyReport, Out, Profile, Settings, facts
 from benchmarks.contenders import CONTENDERS, load
 from faithkd import data, experiment, params
 
-DEFAULT = ",".join(name for name in CONTENDERS if name != "interval")
 WARM_UP = 1e-3  # share of eps
 LONG = 1.0  # seconds an image: above, only `best` is measured; `bab` is the same search on one core
 
@@ -30,7 +29,7 @@ def main(
     student: Annotated[list[str] | None, typer.Option(help="SD, ARD, RSLAD or FD (default); repeatable.")] = None,
     eps: Annotated[list[str] | None, typer.Option(help="Radii; repeatable; default: evaluate.eps.")] = None,
     images: Annotated[int, typer.Option(help="Images of the test subset.")] = 40,
-    methods: Annotated[str, typer.Option(help="Who takes part, by commas.")] = DEFAULT,
+    methods: Annotated[str, typer.Option(help="Who takes part, by commas.")] = ",".join(CONTENDERS),
     budgets: Annotated[str, typer.Option(help="Seconds an image for best, to one for bab.")] = "0.1,0.3,1,3,10,30",
     frontier_images: Annotated[int, typer.Option(help="Images at budgets above one second, and in the plot.")] = 10,
     slow_images: Annotated[int, typer.Option(help="Images of our cvxpy LP.")] = 4,

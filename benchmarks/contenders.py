@@ -8,7 +8,6 @@ from faithkd.bounds import faithfulness_upper_bound
 
 BY_HAND = "by hand (benchmarks/README.md says into what) from https://github.com/Verified-Intelligence/auto_LiRPA"
 CONTENDERS = {  # in this order they are measured and shown: each of ours beside the peers like it
-    "interval": Contender("interval arithmetic"),
     "crown": Contender("linear bounds (CROWN), per network"),
     "lirpa-crown": Contender("auto_LiRPA CROWN, per network", "auto_LiRPA", BY_HAND),
     "alpha-crown": Contender("optimised slopes, per network"),

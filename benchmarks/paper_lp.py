@@ -5,7 +5,6 @@ image; the C(C-1) objectives z_j - z_i are solved one after the other on it, so 
 What it says is the solver's word: within its tolerances, not rounded outwards.
 """
 
-import functools
 import math
 
 import gurobipy as gp
@@ -38,7 +37,8 @@ def differences(network: nn.Sequential, x: Tensor, eps: float, clip=None, tolera
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     layers = [tuple(part.detach().double().numpy() for part in (layer.weight, layer.bias)) for layer in linear]
     corners = (end.flatten(1).numpy() for end in ball(x.double(), eps, clip))
-    found = [image_differences(layers, low, high, tolerance) for low, high in zip(*corners, strict=True)]
+    with gp.Env(params={"OutputFlag": 0, "Threads": 1, "FeasibilityTol": tolerance, "OptimalityTol": tolerance}) as env:
+        found = [image_differences(layers, low, high, env) for low, high in zip(*corners, strict=True)]
     return torch.from_numpy(np.stack(found))
 
 
@@ -64,11 +64,10 @@ def chords(least: np.ndarray, most: np.ndarray) -> np.ndarray:
     return np.divide(np.maximum(most, 0), width, out=np.zeros_like(most), where=width > 0)
 
 
-def image_differences(layers: Layers, low: np.ndarray, high: np.ndarray, tolerance: float) -> np.ndarray:
+def image_differences(layers: Layers, low: np.ndarray, high: np.ndarray, env: gp.Env) -> np.ndarray:
     """The C(C-1) maxima for one image, `(C, C)`; +inf where Gurobi does not say optimal."""
     boxes = crown(layers, low, high)
-    with gp.Model(env=environment()) as model:
-        model.Params.FeasibilityTol = model.Params.OptimalityTol = tolerance
+    with gp.Model(env=env) as model:
         z = model.addMVar(len(low), lb=low, ub=high)  # the ball is bounds of variables, not rows
         for k, (weight, bias) in enumerate(layers):
             if k:
@@ -95,9 +94,3 @@ def triangles(model: gp.Model, z: gp.MVar, least: np.ndarray, most: np.ndarray) 
         model.addConstr(y[open_] >= z[open_])
         model.addConstr(y[open_] <= slope * z[open_] - slope * least[open_])
     return y
-
-
-@functools.cache
-def environment() -> gp.Env:
-    """One silent Gurobi environment on one thread; its start checks the licence."""
-    return gp.Env(params={"OutputFlag": 0, "Threads": 1})
