@@ -85,8 +85,7 @@ class Task:
 def make_task(p: params.Params, name: str, size: int) -> Task:
     """The attack by which `name` is trained ("RT" or a student; SD has none: labels), or that of "EmpLB" on FD.
 
-    On the first `size` training images, at the eps of training and with the step of evaluation. The networks ask for
-    no gradients in their weights: nobody is to pay for those.
+    On the first `size` training images, at the eps of training with the step of evaluation. No gradients in weights.
     """
     if name not in TASKS:
         raise FaithkdError(f"unknown task {name!r}: choose from {', '.join(TASKS)}")
@@ -102,10 +101,7 @@ def make_task(p: params.Params, name: str, size: int) -> Task:
 
 
 def compare(task: Task, names: list[str], rounds: int) -> pd.DataFrame:
-    """A row for each contender: the loss it reaches, checked once, and its times by turns.
-
-    A library that fails, or does less than it is asked for, is left out and said to be.
-    """
+    """A row for each contender: its loss, checked once, and its times by turns. A library that fails is left out."""
     ready, losses = {}, {}
     for name in names:
         try:

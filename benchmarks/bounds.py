@@ -1,7 +1,4 @@
-"""All bounds side by side, ours and the peers', on the same networks and images: python -m benchmarks.bounds
-
-Writes tables, the aims and a plot of tightness over time to benchmarks/results/; see README.md here.
-"""
+"""All bounds side by side, ours and the peers', on the same networks and images: python -m benchmarks.bounds"""
 
 import itertools
 import json
@@ -60,10 +57,7 @@ def main(
 
 
 def measure_ball(p: params.Params, pair: tuple, eps: params.Ratio, specs: list, sizes: dict) -> pd.DataFrame:
-    """All contenders by turns on one pair of networks at one eps: a row per contender, budget and image.
-
-    Those that are slow or take a budget have one turn; whoever fails has no more.
-    """
+    """All by turns on one pair of networks at one eps, what is slow or fails once: a row per contender and image."""
     images = data.test_subset(p)
     images = images[images.index.argsort()][: sizes["images"]]
     lowest = experiment.lower_bound(p, *pair, images, eps).values
@@ -72,12 +66,18 @@ def measure_ball(p: params.Params, pair: tuple, eps: params.Ratio, specs: list, 
     for _, (name, budget) in itertools.product(range(sizes["rounds"]), specs):
         if (name, budget) in done:
             continue
-        slow, anytime = CONTENDERS[name].slow, CONTENDERS[name].anytime
-        few = sizes["slow_images"] if slow else sizes["frontier_images"] if (budget or 0) > LONG else len(images)
+        contender = CONTENDERS[name]
+        few = (
+            sizes["slow_images"]
+            if contender.slow
+            else sizes["frontier_images"]
+            if (budget or 0) > LONG
+            else len(images)
+        )
         effort = {"clip": data.clip_range(p)} | ({} if budget is None else {"budget": budget})
         found = measure(name, pair, images.x[:few], float(eps), effort)
         parts.append(whose[:few].assign(method=name, budget=budget, **found))
-        if slow or anytime or found["note"]:
+        if contender.slow or contender.anytime or found["note"]:
             done.add((name, budget))
         told = found["note"] or f"mean {found['bound'].mean():.4f}, {found['seconds']:.4f} s an image"
         print(f"eps {eps}  {report.label(name, budget):<28} {told}", flush=True)

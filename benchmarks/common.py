@@ -29,10 +29,7 @@ Out = Annotated[Path, typer.Option(help="Where the results go.")]
 
 @dataclass(frozen=True)
 class Contender:
-    """`what` it is in a table; a peer comes in a `package`, installed as `install` says.
-
-    `anytime`: takes a budget in seconds an image; `slow`: gets few images.
-    """
+    """`what` it is in a table, a peer's `package` and how to `install` it; if it takes a budget, gets few images."""
 
     what: str
     package: str = ""

@@ -19,9 +19,6 @@ from faithkd.errors import FaithkdError
 with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
     from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm  # uses parts of torch that are deprecated
 
-# Its default for convolutions, "patches", refuses to optimise through max-pooling and names this mode instead.
-OPTIONS = {"conv_mode": "matrix"}
-
 
 def upper_bound(name: str, teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None) -> Tensor:
     """One of the two ways by its name in the benchmark: images `(N, *shape)` to `(N,)`.
@@ -47,7 +44,8 @@ def differences(network: nn.Module, x: Tensor, eps: float, clip, method: str) ->
     rows = (unit[j] - unit[i]).expand(len(x), -1, -1)
     low, high = (end.float() for end in ball(x.double(), eps, clip))
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-        bounded = BoundedModule(network.float().eval(), torch.empty_like(low), OPTIONS, device="cpu")
+        options = {"conv_mode": "matrix"}  # its default, "patches", refuses to optimise through max-pooling
+        bounded = BoundedModule(network.float().eval(), torch.empty_like(low), options, device="cpu")
         images = BoundedTensor(x.float(), PerturbationLpNorm(norm=float("inf"), x_L=low, x_U=high))
         _, upper = bounded.compute_bounds(x=(images,), method=method, C=rows, bound_lower=False)
     highest = torch.zeros(len(x), *unit.shape, dtype=torch.float64)

@@ -32,7 +32,7 @@ def differences(network: nn.Sequential, x: Tensor, eps: float, clip=None, tolera
     other networks than fully connected ones, and GurobiError where the licence does not take a model of this size.
     """
     kinds = [type(layer) for layer in network if not isinstance(layer, nn.Flatten)]
-    if set(kinds[::2]) != {nn.Linear} or set(kinds[1::2]) > {nn.ReLU} or len(kinds) % 2 == 0:
+    if kinds != [nn.Linear, nn.ReLU] * (len(kinds) // 2) + [nn.Linear]:
         raise FaithkdError("the paper's LP is written for linear layers with ReLU between them; leave paper-lp out")
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     layers = [tuple(part.detach().double().numpy() for part in (layer.weight, layer.bias)) for layer in linear]

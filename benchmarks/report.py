@@ -64,10 +64,7 @@ def summary(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, facts: dict) -> str:
-    """The table of the README: a row per student and contender, a column per eps.
-
-    Of the budgets only one second and the largest: all are in the CSV file and in the plot.
-    """
+    """A row per student and contender, a column per eps; of the budgets one second and the largest (the CSV has all)."""
     table = table[table["budget"].isna() | table["budget"].isin([1.0, table["budget"].max()])]
     lines = []
     for (student, method, budget), rows in table.groupby(CASE, sort=False, dropna=False):

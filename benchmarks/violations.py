@@ -2,8 +2,7 @@
 
 Random pairs of networks (fully connected and convolutional, of unequal depth and of mixed weight scales), random balls,
 and many points in each: random ones, corners, and all that EmpLB's gradient ascents pass through. One check is one
-point x' against one method's bound: a violation is ||f_t(x') - f_s(x')||_inf > bound + 1e-12, which allows for the
-rounding of evaluating the left-hand side in float64.
+point x' against one method's bound: a violation is ||f_t(x') - f_s(x')||_inf > bound + 1e-12 (rounding in float64).
 """
 
 from collections import Counter
