@@ -30,6 +30,7 @@ def write(out: Path, profile: str) -> None:
     """Everything that follows from values-<profile>.csv, to the same folder; prints the aims."""
     facts = json.loads((out / f"bounds-{profile}.json").read_text(encoding="utf-8"))
     values = pd.read_csv(out / f"values-{profile}.csv", dtype={"eps": str, "note": str}).fillna({"note": ""})
+    values = values.query("method in @CONTENDERS")  # older measurements may hold more
     table = summary(values)
     told = aims(values, table, facts)
     save(out / f"bounds-{profile}.csv", table.round(6))
@@ -64,7 +65,7 @@ def summary(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame, facts: dict) -> str:
-    """A row per student and contender, a column per eps; of the budgets one second and the largest (the CSV has all)."""
+    """A row per student and contender, a column per eps; of the budgets one second and the largest (CSV has all)."""
     table = table[table["budget"].isna() | table["budget"].isin([1.0, table["budget"].max()])]
     lines = []
     for (student, method, budget), rows in table.groupby(CASE, sort=False, dropna=False):
