@@ -17,15 +17,29 @@ _PUBLIC = {
     "UpperBound": "bounds",
     "certified_agreement": "bounds",
 }
+# Modules that notebooks import by their short names: `from faithkd import data, experiment, figures`.
+_MODULES = {
+    "params": "reproduce.params",
+    "experiment": "reproduce.experiment",
+    "parallel": "workers",
+    "notebooks": "reproduce.notebooks",
+    "tables": "report.tables",
+    "figures": "report.figures",
+    "calibration": "report.calibration",
+    "ledger": "report.ledger",
+    "paper": "report.paper",
+}
 
 __all__ = ["FaithkdError", *_PUBLIC]
 
 
 def __getattr__(name: str):
     """Import torch and the rest only when they are asked for: the command line answers at once."""
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'faithkd' has no attribute {name!r}")
-    return getattr(import_module(f"faithkd.{_PUBLIC[name]}"), name)
+    if name in _PUBLIC:
+        return getattr(import_module(f"faithkd.{_PUBLIC[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"faithkd.{_MODULES[name]}")
+    raise AttributeError(f"module 'faithkd' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

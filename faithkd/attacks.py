@@ -1,13 +1,15 @@
 """One projected gradient ascent, eq. (2), for training, robust accuracy, agreement and EmpLB alike."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from faithkd import models
+from faithkd import arguments, models
+from faithkd.frozen import own_settings
 
-Clip = tuple[torch.Tensor, torch.Tensor]
+Clip = tuple[torch.Tensor | float, torch.Tensor | float]
 
 
 def fastest(
@@ -21,28 +23,43 @@ def fastest(
     blocks = [None if network is None else models.on_blocks(network, x.shape[1:]) for network in networks]
     if any((new is None) != (old is None) for new, old in zip(blocks, networks, strict=True)):
         return networks, x, clip, lambda points: points
-    clip = clip and tuple(models.to_blocks(end.to(x).expand(1, *x.shape[1:])) for end in clip)
+    clip = clip and tuple(models.to_blocks(end) for end in arguments.clip_range(clip, x))
     return blocks, models.to_blocks(x), clip, models.from_blocks
 
 
 def ball(x: torch.Tensor, eps: float, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Corners of B_ε(x) = {x' : ‖x' − x‖∞ ≤ ε}, Def. 2, rounded inwards, as tensors like `x`.
+    """Corners of B_ε(x) = {x' : ‖x' − x‖∞ ≤ ε}, Def. 2, rounded inwards, as tensors like `x` (float32 or float64).
 
-    The corners are rounded towards `x`, so that a point between them lies in the ball in exact arithmetic: a witness
-    of EmpLB may never profit from a rounding error. `clip` = (low, high) intersects the ball with valid inputs.
+    A point between them lies in the ball in exact arithmetic: a witness of EmpLB may never profit from a rounding
+    error. `clip` = (low, high), numbers or tensors, intersects the ball with valid inputs, in exact arithmetic too.
+    Where nothing is left, as for an image that leaves the range by a rounding, both corners are the image.
     """
+    eps, (low, high) = arguments.radius(eps), arguments.clip_range(clip, x)
     exact = x.double()
-    lower, upper = (exact - eps).to(x.dtype), (exact + eps).to(x.dtype)
-    lower = torch.where(lower.double() < exact - eps, torch.nextafter(lower, x), lower)
-    upper = torch.where(upper.double() > exact + eps, torch.nextafter(upper, x), upper)
-    if clip is not None:
-        lower, upper = torch.maximum(lower, clip[0].to(x)), torch.minimum(upper, clip[1].to(x))
-    return lower, upper
+    lower = _inwards(torch.maximum(exact - eps, low).to(x.dtype), 1.0, exact, eps, low)
+    upper = _inwards(torch.minimum(exact + eps, high).to(x.dtype), -1.0, exact, eps, high)
+    nothing = lower > upper
+    return torch.where(nothing, x, lower), torch.where(nothing, x, upper)
+
+
+def _inwards(corner: torch.Tensor, sign: float, x: torch.Tensor, eps: float, end: torch.Tensor) -> torch.Tensor:
+    """A lower (`sign` 1) or upper corner (−1) moved to the next numbers until it lies in the ball and inside `end`."""
+    towards = torch.full_like(corner, sign * math.inf)
+    while True:
+        # the distance and the rounding error of its subtraction, which together are exact (Knuth, 1969)
+        a, b = sign * x, -sign * corner.double()
+        distance = a + b
+        part = distance - a
+        error = (a - (distance - part)) + (b - part)
+        outside = (distance > eps) | (distance == eps) & (error > 0) | (sign * (corner.double() - end) < 0)
+        if not outside.any():
+            return corner
+        corner = torch.where(outside, torch.nextafter(corner, towards), corner)
 
 
 def random_start(lower: torch.Tensor, upper: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A uniformly random point of the box. Drawn on the CPU, so that every device starts from the same point."""
-    share = torch.rand(lower.shape, generator=generator, dtype=lower.dtype).to(lower.device)
+    share = torch.rand(lower.shape, generator=generator, dtype=lower.dtype, device="cpu").to(lower.device)
     return torch.clamp(lower + share * (upper - lower), lower, upper)
 
 
@@ -54,7 +71,21 @@ def step(
     return torch.clamp(moved, lower, upper, out=moved)
 
 
-@torch.enable_grad()  # also where the caller has switched gradients off
+def slope(loss: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """∇L(z) of one loss per image (N,); 0 where the loss does not depend on z."""
+    if not loss.requires_grad:
+        return torch.zeros_like(z)
+    (gradient,) = torch.autograd.grad(loss.sum(), z, allow_unused=True)
+    return torch.zeros_like(z) if gradient is None else gradient
+
+
+def _check(x, steps: int, step_size: float) -> torch.Tensor:
+    arguments.whole("steps", steps, 0)
+    arguments.number("step_size", step_size)
+    return arguments.images(x)
+
+
+@own_settings()
 def ascend(
     objective: Callable[[torch.Tensor], torch.Tensor],
     x: torch.Tensor,
@@ -70,18 +101,20 @@ def ascend(
     `objective` maps (N, *shape) to one value per image (N,). This is the inner maximisation of training, eq. (3),
     where only the end point counts. Source: Madry et al. (2018).
     """
+    x, eps = _check(x, steps, step_size), arguments.radius(eps)
     lower, upper = x - eps, x + eps
     if clip is not None:
-        lower, upper = torch.maximum(lower, clip[0].to(x)), torch.minimum(upper, clip[1].to(x))
+        low, high = arguments.clip_range(clip, x)
+        lower, upper = torch.maximum(lower, low.to(x)), torch.minimum(upper, high.to(x))
     z = random_start(lower, upper, generator)
     for _ in range(steps):
         z.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(objective(z).sum(), z)
+        gradient = slope(objective(z.clone()), z)
         z = step(z.detach(), gradient, step_size, lower, upper)
     return z
 
 
-@torch.enable_grad()
+@own_settings()
 def search(
     objective: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     x: torch.Tensor,
@@ -97,19 +130,23 @@ def search(
 
     `objective` maps (N, *shape) to (loss, score), each (N,): the ascent follows the loss, the best point is judged by
     the score (for EmpLB the two are the same; for an attack the score says whether it has succeeded). The image
-    itself and every iterate compete, so more steps, seeds or a larger ball only ever add candidates.
+    itself and every iterate compete, so more steps, seeds or a larger ball only ever add candidates. Where a loss has
+    no gradient, the ascent stays where it started.
     """
+    x = _check(x, steps, step_size)
+    arguments.whole("restarts", restarts)
     lower, upper = ball(x, eps, clip)
-    best, best_score = x.clone(), objective(x)[1].detach().clone()
+    best = torch.clamp(x, lower, upper)
+    best_score = objective(best.clone())[1].detach().clone()
+    best_score[best_score.isnan()] = -math.inf
     for _ in range(restarts):
         z = random_start(lower, upper, generator)
         for number in range(steps + 1):
             z.requires_grad_(number < steps)
-            loss, score = objective(z)
+            loss, score = objective(z.clone())
             score, point = score.detach(), z.detach()
             better = score > best_score
             best[better], best_score[better] = point[better], score[better]
             if number < steps:
-                (gradient,) = torch.autograd.grad(loss.sum(), z)
-                z = step(point, gradient, step_size, lower, upper)
+                z = step(point, slope(loss, z), step_size, lower, upper)
     return best, best_score

@@ -5,19 +5,15 @@ Past the paper: two stronger searches, `auto_attack` for robust accuracy and `st
 
 import sys
 from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from faithkd import attacks
-from faithkd.attacks import Clip, fastest, search
-from faithkd.bounds.network import ball, check_images, prepare_pair
-from faithkd.errors import FaithkdError
+from faithkd import arguments, attacks
+from faithkd.attacks import Clip
+from faithkd.frozen import Frozen, frozen, own_settings
 from faithkd.losses import cross_entropy, kl
-from faithkd.models import together
 
 CHUNK = 500  # images attacked at once: large enough for fast matrix products, small enough for the cache
 
@@ -40,15 +36,16 @@ class Attack:
 
 def confidence_difference(teacher: nn.Module, student: nn.Module, x: Tensor) -> Tensor:
     """‖f_t(x) − f_s(x)‖∞ with f = σ(g), the objective of eq. (8). Images (N, *shape) → (N,) in [0, 1]."""
-    return _norm(teacher(x), student(x))
+    return _norm(teacher(x.clone()), student(x.clone()))  # a first layer may work in place
 
 
+@own_settings()
 def predictions(network: nn.Module, x: Tensor) -> Tensor:
-    """Predicted classes c(x) = arg max_c f^c(x), Def. 1. Images (N, *shape) → (N,)."""
-    with torch.no_grad():
-        return network(x).argmax(1)
+    """Predicted classes c(x) = arg max_c f^c(x), Def. 1, in float64. Images (N, *shape) → (N,)."""
+    return _classes(_given(x, network=network))[0]
 
 
+@own_settings()
 def empirical_lower_bound(
     teacher: nn.Module,
     student: nn.Module,
@@ -64,15 +61,12 @@ def empirical_lower_bound(
     """EmpLB: PGD ascends ‖f_t(x') − f_s(x')‖∞ over B_ε(x), a lower bound on δ*, §4.1.
 
     `x` (N, *shape) in the networks' own input space, `eps` the ℓ∞ radius there; step size `step_factor`·ε/`steps`.
-    `values` are evaluated in float64 at `witnesses`, which lie in the ball. Raises FaithkdError for networks or
-    inputs that `faithfulness_upper_bound` would refuse too. Source: §4.1, §6.
+    `values` are those of the networks' own weights, evaluated in float64 at `witnesses`, which lie in the ball and in
+    `clip` = (low, high), numbers or tensors like `x`. Any modules will do that return logits (N, C); both are evaluated
+    in evaluation mode, from copies. Raises FaithkdError for arguments that make no sense. Source: §4.1, §6.
     """
-    images = check_images(x)
-    prepare_pair(teacher, student, images)
-    ball(images, eps, clip)  # the same refusals as the upper bound's, for eps and clip too
-    if steps < 1 or restarts < 1:
-        raise FaithkdError(f"steps and restarts must be at least 1, not steps={steps}, restarts={restarts}")
-    teacher, student = _frozen(teacher, x), _frozen(student, x)
+    given = _given(x, eps, clip, teacher=teacher, student=student)
+    budget = _Budget(steps, restarts, seed, step_factor)
 
     def prepare(logits, _x, _rows) -> Callable:
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,12 +75,11 @@ def empirical_lower_bound(
 
         return objective
 
-    witnesses = _attack((teacher, student), prepare, x, eps, steps, step_factor, restarts, seed, clip)
-    with torch.no_grad():
-        exact = confidence_difference(teacher.double(), student.double(), witnesses.double())
-    return LowerBound(exact.cpu(), witnesses)
+    witnesses = _attack(given, prepare, budget)
+    return LowerBound(_differences(given, witnesses), witnesses)
 
 
+@own_settings()
 def strong_lower_bound(
     teacher: nn.Module,
     student: nn.Module,
@@ -109,20 +102,18 @@ def strong_lower_bound(
     """
     options = {"steps": steps, "seed": seed, "step_factor": step_factor, "clip": clip}
     plain = empirical_lower_bound(teacher, student, x, eps, restarts=restarts, **options)
-    if classes < 1:
-        raise FaithkdError(f"classes must be at least 1, not {classes}")
-    single, exact = [[_frozen(net, to) for net in (teacher, student)] for to in (x, x.double())]
-    values, witnesses = plain.values.to(x.device), plain.witnesses.clone()
-    losses = _wider_losses(classes)
+    given = _given(x, eps, clip, teacher=teacher, student=student)
+    losses = _wider_losses(arguments.whole("classes", classes))
+    values, witnesses = plain.values.clone(), plain.witnesses.clone()
     for loss, times in [(_norm, restarts * len(losses)), *((loss, restarts) for loss in losses)]:
-        found = _attack(single, _climb(loss), x, eps, steps, step_factor, times, seed, clip)
-        with torch.no_grad():
-            value = confidence_difference(*exact, found.double())
+        found = _attack(given, _climb(loss), _Budget(steps, times, seed, step_factor))
+        value = _differences(given, found)
         better = value > values
-        values[better], witnesses[better] = value[better], found[better]
-    return LowerBound(values.cpu(), witnesses)
+        values[better], witnesses[better] = value[better], found[better.to(found.device)]
+    return LowerBound(values, witnesses)
 
 
+@own_settings()
 def robust(
     network: nn.Module,
     x: Tensor,
@@ -139,21 +130,23 @@ def robust(
 
     `holds` is an upper estimate of robustness: an attack that fails proves nothing. At ε = 0 it is clean accuracy.
     """
-    network = _frozen(network, x)
+    given = _given(x, eps, clip, network=network)
+    labels = given.labels(y)
 
     def prepare(logits, _x, rows: slice) -> Callable:
-        labels = y[rows]
+        own_labels = labels[rows]
 
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
             (own,) = logits(z)
-            return cross_entropy(own, labels), (own.argmax(1) != labels).to(z.dtype)
+            return cross_entropy(own, own_labels), (own.argmax(1) != own_labels).to(z.dtype)
 
         return objective
 
-    witnesses = _attack((network,), prepare, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
-    return Attack(predictions(network, witnesses) == y, witnesses)
+    witnesses = _attack(given, prepare, _Budget(steps, restarts, seed, step_factor))
+    return Attack(_classes(given, witnesses)[0] == labels, witnesses)
 
 
+@own_settings()
 def hardest(
     network: nn.Module,
     x: Tensor,
@@ -170,18 +163,20 @@ def hardest(
 
     Unlike the witnesses of `robust` it is as bad as can be also where the attack fails, or has succeeded already.
     """
-    network = _frozen(network, x)
+    given = _given(x, eps, clip, network=network)
+    labels = given.labels(y)
 
     def prepare(logits, _x, rows: slice) -> Callable:
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            loss = cross_entropy(*logits(z), y[rows])
+            loss = cross_entropy(*logits(z), labels[rows])
             return loss, loss
 
         return objective
 
-    return _attack((network,), prepare, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
+    return _attack(given, prepare, _Budget(steps, restarts, seed, step_factor))
 
 
+@own_settings()
 def auto_attack(
     network: nn.Module,
     x: Tensor,
@@ -198,26 +193,29 @@ def auto_attack(
     Square, which asks for no gradient; "plus" has more restarts and untargeted APGD and FAB too. What it finds counts
     where *our* network errs after a projection to *our* ball, rounded inwards. Source: Croce and Hein (2020).
     """
-    images = check_images(x)
-    ball(images, eps, clip)  # the same refusals as everywhere, for eps and clip
-    network, eps = _frozen(network, x), float(eps)
-    holds, witnesses = predictions(network, x) == y, x.clone()
-    if not eps or not holds.any():
-        return Attack(holds, witnesses)
+    arguments.choice("version", version, ("standard", "plus"))
+    given, seed = _given(x, eps, clip, network=network), arguments.random_seed(seed)
+    x, eps, labels = given.x, given.eps, given.labels(y)
+    lower, upper = given.ball()
+    witnesses = torch.clamp(x, lower, upper)
+    holds = _classes(given, witnesses)[0] == labels
     # It takes inputs in [0, 1] for granted and clips to them. Either that range is our clip, or it holds every ball
     # with room to spare, so that its clipping never binds.
-    low, high = (x.amin() - 2 * eps, x.amax() + 2 * eps) if clip is None else (end.to(x) for end in clip)
-    width = (high - low).amax()
-    scaled = _Scaled(network, low, width, x.shape[1:])
+    low, high = (end[:1].to(x) for end in given.clip)
+    if not all((end == end[:1]).all() and end.isfinite().all() for end in given.clip):
+        low, high = x.min() - 2 * eps, x.max() + 2 * eps
+    if not eps or not holds.any() or not (width := (high - low).max()) > 0:
+        return Attack(holds, witnesses)
+    scaled = _Scaled(given.rough, low, width, x.shape[1:])
     rows = holds.nonzero()[:, 0]
-    found = _run_auto_attack(scaled, scaled.scale(x[rows]), y[rows], eps / float(width), version, seed)
-    lower, upper = attacks.ball(x[rows], eps, clip)
-    points = torch.clamp(scaled.unscale(found), lower, upper)
-    fooled = predictions(network, points) != y[rows]
+    found = _run_auto_attack(scaled, scaled.scale(x[rows]), labels[rows], eps / float(width), version, seed)
+    points = torch.clamp(scaled.unscale(found), lower[rows], upper[rows])
+    fooled = _classes(given, points)[0] != labels[rows]
     holds[rows[fooled]], witnesses[rows[fooled]] = False, points[fooled]
     return Attack(holds, witnesses)
 
 
+@own_settings()
 def agreement(
     teacher: nn.Module,
     student: nn.Module,
@@ -236,7 +234,7 @@ def agreement(
     the student's cross-entropy against the teacher's hard prediction at the perturbed image x', which is what
     Def. 1 asks for. Where both disagree already at x, the witness is x.
     """
-    teacher, student = _frozen(teacher, x), _frozen(student, x)
+    given = _given(x, eps, clip, teacher=teacher, student=student)
 
     def prepare(logits, _x, _rows) -> Callable:
         def objective(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,19 +244,20 @@ def agreement(
 
         return objective
 
-    witnesses = _attack((teacher, student), prepare, x, eps, steps if eps else 0, step_factor, restarts, seed, clip)
-    return Attack(predictions(teacher, witnesses) == predictions(student, witnesses), witnesses)
+    witnesses = _attack(given, prepare, _Budget(steps, restarts, seed, step_factor))
+    teachers, students = _classes(given, witnesses)
+    return Attack(teachers == students, witnesses)
 
 
 class _Scaled(nn.Module):
     """A network on u = (x − low)/width, with every image as (channels, height, width), as AutoAttack expects them."""
 
-    def __init__(self, network: nn.Module, low: Tensor, width: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(self, logits: Frozen, low: Tensor, width: Tensor, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.network, self.low, self.width, self.shape = network, low, width, shape
+        self.logits, self.low, self.width, self.shape = logits, low, width, shape
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.network(self.unscale(u))
+        return self.logits(self.unscale(u))[0]
 
     def scale(self, x: Tensor) -> Tensor:
         u = (x - self.low) / self.width
@@ -270,8 +269,8 @@ class _Scaled(nn.Module):
 
 def _run_auto_attack(scaled: nn.Module, u: Tensor, y: Tensor, eps: float, version: str, seed: int) -> Tensor:
     """AutoAttack's points for inputs `u` in [0, 1]; it leaves the random numbers and the debugger of others alone."""
-    if version not in ("standard", "plus"):
-        raise FaithkdError(f"version must be standard or plus, not {version!r}")
+    from pyautoattack import AutoAttack  # an extra: bounds alone must not need it
+
     suite = AutoAttack(scaled, eps=eps, norm="Linf", version=version, seed=seed, device=u.device)
     with torch.no_grad():
         others = scaled(u[:1]).shape[1] - 1
@@ -335,24 +334,93 @@ def _climb(loss: Loss) -> Callable:
     return prepare
 
 
-def _attack(networks, prepare, x, eps, steps, step_factor, restarts, seed, clip) -> Tensor:
+@dataclass(frozen=True)
+class _Budget:
+    """How long eq. (2) is followed, and from where."""
+
+    steps: int
+    restarts: int
+    seed: int
+    step_factor: float
+
+    def __post_init__(self) -> None:
+        arguments.whole("steps", self.steps)
+        arguments.whole("restarts", self.restarts)
+        arguments.random_seed(self.seed)
+        arguments.number("step_factor", self.step_factor)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a caller gave, checked: `rough` networks for the search, `exact` ones in float64 for what is reported."""
+
+    rough: Frozen
+    exact: Frozen
+    x: Tensor
+    eps: float
+    clip: tuple[Tensor, Tensor]
+    classes: int
+
+    def labels(self, y) -> Tensor:
+        return arguments.labels(y, len(self.x), self.classes).to(self.x.device)
+
+    def ball(self) -> tuple[Tensor, Tensor]:
+        return attacks.ball(self.x, self.eps, self.clip)
+
+
+def _given(x, eps=0.0, clip=None, **networks: nn.Module) -> _Given:
+    """Check all of it, and copy the networks; searches are in float32 if nothing given is in float64."""
+    x, eps = arguments.images(x), arguments.radius(eps)
+    clip = arguments.clip_range(clip, x)
+    for name, network in networks.items():
+        arguments.network(network, name)
+    weights = [weight.dtype for network in networks.values() for weight in network.parameters()]
+    single = torch.float64 not in (x.dtype, *weights)
+    rough = frozen(networks, torch.float32 if single else torch.float64, x)
+    exact = frozen(networks, torch.float64, x)
+    some = x[:CHUNK] if len(x) else x.new_zeros(1, *x.shape[1:])
+    with torch.no_grad():
+        logits = exact(some.double())
+    counts = [arguments.class_count(found, some, name) for name, found in zip(networks, logits, strict=True)]
+    arguments.same_classes(counts[0], counts[-1])
+    return _Given(rough, exact, x.to(rough.dtype), eps, clip, counts[0])
+
+
+def _logits(given: _Given, points: Tensor) -> tuple[Tensor, ...]:
+    """The logits of each network at `points` (one per image), in float64: (N, C) each."""
+    with torch.no_grad():
+        parts = [given.exact(some.double()) for some in points.split(CHUNK)]
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+def _classes(given: _Given, points: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The classes that each network predicts, (N,) each: at `points`, or at the images."""
+    return tuple(logits.argmax(1) for logits in _logits(given, given.x if points is None else points))
+
+
+def _differences(given: _Given, points: Tensor) -> Tensor:
+    """‖f_t − f_s‖∞ at `points`, on the CPU; 0, which is always true, where a network overflows: (N,)."""
+    return _norm(*_logits(given, points)).nan_to_num(0.0).cpu()
+
+
+def _attack(given: _Given, prepare: Callable, budget: _Budget) -> Tensor:
     """Witnesses of the best of `restarts` searches, in chunks; one seed draws the same starts on every run.
 
     `prepare(logits, x, rows)` gives the objective of `search` for the images `rows` of all, `x` in whatever layout;
     `logits` are those of all networks at the same points.
     """
-    generator = torch.Generator().manual_seed(seed)
-    step_size = step_factor * float(eps) / max(steps, 1)
+    steps = budget.steps if given.eps else 0
+    settings = {
+        "steps": steps,
+        "step_size": budget.step_factor * given.eps / max(steps, 1),
+        "restarts": budget.restarts,
+        "generator": torch.Generator().manual_seed(budget.seed),
+    }
     found = []
-    for start in range(0, len(x), CHUNK):
+    for start in range(0, len(given.x), CHUNK):
         rows = slice(start, start + CHUNK)
-        nets, images, range_, back = fastest(networks, x[rows], clip)
-        objective = prepare(together(nets), images, rows)
-        options = {"steps": steps, "step_size": step_size, "restarts": restarts, "generator": generator}
-        found.append(back(search(objective, images, float(eps), clip=range_, **options)[0]))
-    return torch.cat(found) if found else x.clone()
-
-
-def _frozen(network: nn.Module, x: Tensor) -> nn.Module:
-    """A copy without weight gradients, in the images' precision and place; the caller's network is left alone."""
-    return deepcopy(network).to(x).eval().requires_grad_(False)
+        clip = tuple(end[rows] for end in given.clip)
+        networks, x, clip, back = attacks.fastest(tuple(given.rough.networks.values()), given.x[rows], clip)
+        logits = replace(given.rough, networks=dict(zip(given.rough.networks, networks, strict=True)))
+        found.append(back(attacks.search(prepare(logits, x, rows), x, given.eps, clip=clip, **settings)[0]))
+    return torch.cat(found) if found else given.x.clone()

@@ -5,7 +5,7 @@ the batch; what an inner maximisation ascends maps images (N, *shape) to one val
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from faithkd import source
 from faithkd.errors import FaithkdError
 
 Objective = Callable[[Tensor], Tensor]
@@ -92,20 +91,12 @@ def attack_difference(student, teacher, x, y, divergence: Divergence = kl) -> Ob
 class Method:
     """A way to distil: `loss(student, teacher, x, x_adv, y, alpha, temperature)` → scalar, and the objective of δ₀.
 
-    `attack(student, teacher, x, y)` returns what the inner maximisation ascends, or is None where x_adv = x. `code`
-    is a digest of both as written when the method was made, with `kl`, `cross_entropy` and what they use of their
-    own module; it is empty where the source cannot be read.
+    `attack(student, teacher, x, y)` returns what the inner maximisation ascends, or is None where x_adv = x.
     """
 
     loss: Callable[..., Tensor]
     attack: Callable[..., Objective] | None
     title: str
-    code: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Now, not when it is asked for: the file may be edited while a long run still works with what it imported.
-        parts = filter(None, (self.loss, self.attack, kl, cross_entropy))
-        object.__setattr__(self, "code", source.digest(*parts))
 
 
 def reversed_kl(method: Method) -> Method:

@@ -1,24 +1,24 @@
 """Adversarial training (eqs 2–3) and distillation (eqs 1, 4, 5, 12): one loop, SGD, cosine, early stopping, resume."""
 
+import json
 import math
 import sys
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import store
+from faithkd import paths
 from faithkd.attacks import Clip, ascend, fastest
 from faithkd.data import Split
 from faithkd.losses import Method, attack_difference, attack_labels, attack_soft_labels, cross_entropy
 from faithkd.models import initialise
-
-# Raise this number when a change to training alters the networks that come out: it is part of every network's key,
-# so that no network trained by an older recipe is taken for a new one. tests/test_training.py notices the need.
-RECIPE = 1
 
 REDRAWS = 3  # so often at most other initial weights are drawn for a network that has died during the ramp
 MONITORED = 1000  # held-out images on which robust accuracy is recorded after each epoch; it decides nothing
@@ -157,6 +157,7 @@ def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, gene
     if _blind(objective):
         pair, start, clip, back = fastest(pair, x, clip)
     # Only the gradient in x is wanted; freezing the weights spares every backward step the one in W.
+    trainable = [weight for weight in network.parameters() if weight.requires_grad]
     network.requires_grad_(False)
     end = ascend(
         objective(*pair, start, y),
@@ -167,7 +168,8 @@ def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, gene
         generator=generator,
         clip=clip,
     )
-    network.requires_grad_(True)
+    for weight in trainable:
+        weight.requires_grad_(True)
     return back(end) if back else end
 
 
@@ -218,21 +220,29 @@ def _save(path: Path, state: State, network, optimizer, generator) -> None:
     tensors["generator"] = generator.get_state()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     meta = {name: getattr(state, name) for name in ("epoch", "best_score", "best_epoch", "history", "redraws")}
-    store.checkpoint.save(path, tensors, meta)
+    paths.write(path, safetensors.torch.save(tensors, {"state": json.dumps(meta)}))
 
 
 def _resume(path: Path | None, network, optimizer, generator) -> State | None:
-    if path is None or (loaded := store.checkpoint.load(path)) is None:
+    """Bring network, optimiser and generator to where the checkpoint was written; None where there is no sound one."""
+    if path is None or not path.exists():
         return None
-    tensors, meta = loaded
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-    state = State(**meta, best=part("best."))
-    network.load_state_dict(part("network."))
-    for number, parameter in enumerate(network.parameters()):
-        buffer = tensors[f"momentum.{number}"].to(parameter.device)
-        optimizer.state[parameter]["momentum_buffer"] = buffer
-    generator.set_state(tensors["generator"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = State(**json.loads(file.metadata()["state"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+        momenta = [tensors[f"momentum.{number}"] for number, _ in enumerate(network.parameters())]
+        generator.set_state(tensors["generator"])
+        network.load_state_dict(part("network."))
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        warnings.warn(f"{path} is damaged ({error}); the training starts anew", stacklevel=2)
+        path.unlink()
+        return None
+    for parameter, momentum in zip(network.parameters(), momenta, strict=True):
+        optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+    state.best = part("best.")
     return state

@@ -20,6 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # nets this small are slower with
 import nbformat  # noqa: E402  after the environment is set, as all that follows
 import pytest  # noqa: E402
 
+from faithkd import cli, paths  # noqa: E402
+from faithkd.reproduce import params  # noqa: E402
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_store(tmp_path_factory):
@@ -36,7 +39,7 @@ def real_data(monkeypatch) -> Path:
     pytest.skip("the real image sets are not here: set FAITHKD_DATA to a folder that holds them")
 
 
-# `python -m faithkd.cli`, which Ctrl-C reaches also where the tests were started with interrupts ignored (nohup, &).
+# The command line, which Ctrl-C reaches also where the tests were started with interrupts ignored (nohup, &).
 LAUNCH = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,12 +52,12 @@ class Home:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        (folder / "notebooks").mkdir()
+        (folder / "notebooks").mkdir(parents=True)
         (folder / "params").symlink_to(REPOSITORY / "params")
         self.environment = {
-            **os.environ,
             "FAITHKD_HOME": str(folder),
             "FAITHKD_STORE": str(folder / ".store"),
+            "FAITHKD_RUNS": str(folder / "runs"),
         }
 
     def write(self, name: str, *code: str) -> Path:
@@ -71,22 +74,44 @@ class Home:
         """`faithkd ...` as a process, both outputs in one pipe."""
         return subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *arguments],
-            env={**self.environment, **environment},
+            env={**os.environ, **self.environment, **environment},
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def call(self, *arguments: str, code: int = 0, **environment: str) -> str:
-        """`faithkd ...` from beginning to end; returns what it printed, after checking its exit code."""
-        process = self.start(*arguments, **environment)
-        printed, _ = process.communicate(timeout=600)
-        assert process.returncode == code, printed
-        return printed
+    def call(self, *arguments: str, code: int = 0) -> str:
+        """`faithkd ...` in this process; returns what it printed, after checking its exit code."""
+        return self.run(*arguments, code=code)
 
 
 @pytest.fixture
-def home(tmp_path) -> Home:
-    """An empty repository in a temporary folder."""
-    return Home(tmp_path)
+def call(monkeypatch, capsys, tmp_path):
+    """`faithkd ...` in this process and the real repository, with runs of its own; returns what it printed."""
+    for name, value in {"RUNS": str(tmp_path / "runs"), "JOBS": "1", "CLUSTER": ""}.items():
+        monkeypatch.setenv(f"FAITHKD_{name}", value)
+
+    def call(*arguments, code=0):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(sys, "argv", ["faithkd", *arguments])
+            for name in ("FAITHKD_DATA", "FAITHKD_JOBS", "FAITHKD_CLUSTER"):  # which the command line changes
+                patch.setenv(name, os.environ.get(name, ""))
+            cli.main()
+        printed = "".join(capsys.readouterr())
+        assert (ended.value.code or 0) == code, printed
+        return printed
+
+    return call
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, call) -> Home:
+    """An empty repository in a temporary folder; this process and its kernels work there."""
+    home = Home(tmp_path / "home")
+    for module in (paths, params):
+        monkeypatch.setattr(module, "ROOT", home.folder)
+    for name, value in home.environment.items():
+        monkeypatch.setenv(name, value)
+    home.run = call
+    return home

@@ -1,6 +1,5 @@
 """The one projected gradient ascent: it stays in the ball, follows eq. (2) and finds maxima known in closed form."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,7 +111,7 @@ def test_clip_keeps_inputs_valid():
 def test_convolutions_are_climbed_on_blocks_and_the_ball_stays_the_same():
     p = params.load("cifar10")
     nets = [models.build(a, (3, 32, 32), seed=0) for a in (p.models.student, p.models.teacher)]
-    x = torch.rand(4, 3, 32, 32)
+    x = 0.2 + 0.6 * torch.rand(4, 3, 32, 32)
     clip = tuple(torch.tensor(ends).view(3, 1, 1) for ends in ([0.1, 0.0, 0.2], [0.9, 1.0, 0.8]))
     fast, blocks, inside, back = fastest((nets[0], None, nets[1]), x, clip)
     assert fast[1] is None and blocks.shape == (4, 12, 16, 16) and torch.equal(back(blocks), x)
@@ -122,26 +121,6 @@ def test_convolutions_are_climbed_on_blocks_and_the_ball_stays_the_same():
         assert torch.equal(back(corner), plain)
     other = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
     assert fastest((nets[0], other), x, clip)[:3] == ((nets[0], other), x, clip), "all or none"
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_networks_at_the_same_points_share_their_first_layers_and_nothing_changes(count):
-    p = params.load("cifar10")
-    nets = [models.build(a, (3, 32, 32), seed=0) for a in (p.models.student, p.models.teacher, p.models.student)]
-    nets[2] = nn.Sequential(nets[2][0], nn.MaxPool2d(2), *nets[2][3:])  # no ReLU: nothing more in common
-    nets = [network.double() for network in nets[:count]]
-    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
-    fast, blocks, _, back = fastest(nets, x, None)
-    z, y = blocks.requires_grad_(True), x.requires_grad_(True)
-    for quick, network in zip(models.together(fast)(z), nets, strict=True):
-        plain = network(y)
-        torch.testing.assert_close(quick, plain, rtol=0, atol=1e-12)
-        weights = torch.randn_like(plain)
-        (here,) = torch.autograd.grad(quick, z, weights, retain_graph=True)
-        (there,) = torch.autograd.grad(plain, y, weights)
-        torch.testing.assert_close(back(here), there, rtol=0, atol=1e-12)
-    alone = models.together([nn.Sequential(), nn.Flatten()])
-    assert [logits.shape for logits in alone(x)] == [(4, 3, 32, 32), (4, 3072)]
 
 
 def test_attacks_work_where_gradients_are_switched_off():

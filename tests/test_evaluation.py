@@ -10,7 +10,7 @@ from torch import nn
 import faithkd
 from faithkd import evaluation, experiment, params, tables
 from faithkd.errors import FaithkdError
-from faithkd.paper import STUDENTS
+from faithkd.report.paper import STUDENTS
 
 
 def linear(weight, bias):
@@ -121,11 +121,10 @@ def test_an_empty_batch_is_an_empty_answer():
         ({"eps": -0.1}, "eps must be"),
         ({"eps": float("nan")}, "eps must be"),
         ({"x": torch.tensor([[float("nan"), 0.0]])}, "NaN"),
-        ({"x": torch.zeros(1, 3)}, "does not fit"),
+        ({"x": torch.zeros(1, 3)}, "cannot be run on images of shape"),
         ({"student": nn.Sequential(nn.Linear(2, 3))}, "classes"),
-        ({"student": nn.Sequential(nn.Tanh())}, "Tanh"),
-        ({"steps": 0}, "at least 1"),
-        ({"restarts": 0}, "at least 1"),
+        ({"steps": 0}, "steps must be a whole number >= 1"),
+        ({"restarts": 0}, "restarts must be a whole number >= 1"),
     ],
 )
 def test_what_cannot_be_measured_is_a_clear_error(change, message):
@@ -208,9 +207,7 @@ def test_auto_attack_repeats_and_leaves_others_alone():
     assert evaluation.auto_attack(network, x[:0], y[:0], 0.2).holds.shape == (0,)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [({"eps": -1}, "eps must be"), ({"version": "fast"}, "standard or plus")]
-)
+@pytest.mark.parametrize(("change", "message"), [({"eps": -1}, "eps must be"), ({"version": "fast"}, "standard, plus")])
 def test_auto_attack_refuses_what_it_cannot_do(change, message):
     network, _, x = random_pair(4)
     arguments = {"network": network, "x": x, "y": evaluation.predictions(network, x), "eps": 0.1} | change
@@ -256,7 +253,7 @@ def test_a_wider_search_climbs_where_softmax_is_flat():
 
 
 def test_a_wider_search_needs_a_class():
-    with pytest.raises(FaithkdError, match="classes must be at least 1"):
+    with pytest.raises(FaithkdError, match="classes must be a whole number >= 1"):
         evaluation.strong_lower_bound(TEACHER, STUDENT, torch.zeros(1, 2), 0.1, classes=0)
 
 

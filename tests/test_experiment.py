@@ -1,16 +1,19 @@
 """The experiments end to end on the smoke profile: what is stored, what is found again, what is refused."""
 
 import copy
+import json
+import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from faithkd import bounds, data, evaluation, experiment, figures, ledger, losses, paper, params, source, tables
+from faithkd import bounds, data, evaluation, experiment, figures, ledger, losses, paper, params, recipes, tables
 from faithkd.errors import FaithkdError
 from faithkd.losses import Method
-from faithkd.paper import STUDENTS
+from faithkd.report.paper import STUDENTS
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +62,59 @@ def test_networks_are_found_again_and_follow_what_they_depend_on(p, monkeypatch)
     assert len(calls) == 1, "an α that equals the parameters' is the same network"
 
 
-def test_an_edited_loss_is_trained_anew(p, monkeypatch):
-    before = experiment.fingerprint(experiment.student(p, "SD"))
+FACTOR = 1.0
 
-    def edited(student, teacher, x, x_adv, y, alpha, temperature):
-        return losses.cross_entropy(student(x), y).mean()
 
-    monkeypatch.setitem(losses.METHODS, "SD", Method(edited, None, "edited"))
-    assert experiment.fingerprint(experiment.student(p, "SD")) != before
+def own(student, teacher, x, x_adv, y, alpha, temperature):
+    return FACTOR * losses.cross_entropy(student(x_adv), y).mean()
+
+
+def own_attack(student, teacher, x, y):
+    return lambda z: inner(student, z, y)
+
+
+def inner(student, z, y):
+    return losses.cross_entropy(student(z), y)
+
+
+def test_a_loss_of_ones_own_is_known_by_its_source(monkeypatch):
+    """And by what it uses of its own file: a constant, a function inside an inner function."""
+    rule = Method(own, own_attack, "my own")
+    first = experiment._written(rule)
+    assert "FACTOR = 1.0" in str(first) and "def inner" in str(first) and first == experiment._written(rule)
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
+    second = experiment._written(rule)
+    monkeypatch.setattr(sys.modules[__name__], "inner", lambda student, z, y: student(z)[:, 0])
+    assert len({str(said) for said in (first, second, experiment._written(rule))}) == 3
+
+
+def test_the_code_of_a_method_follows_what_it_uses():
+    """A helper beside the loss, or a constant that it names, makes another network: it must not be found as the old."""
+
+    def made(weight, power):
+        def helper(z):
+            return z**power
+
+        def own(student, teacher, x, x_adv, y, alpha, temperature):
+            return weight * helper(student(x)).mean()
+
+        return experiment._written(Method(own, None, "own"))
+
+    def other_helper():
+        def helper(z):
+            return z.abs()
+
+        def own(student, teacher, x, x_adv, y, alpha, temperature):
+            return weight * helper(student(x)).mean()
+
+        weight = 1.0
+        return experiment._written(Method(own, None, "own"))
+
+    codes = [made(1.0, 2), made(2.0, 2), made(1.0, 3), other_helper()]
+    assert made(1.0, 2) == codes[0] and len(set(map(str, codes))) == 4
+    filled = [partial(losses.fd, divergence=d) for d in (losses.kl, losses.reverse_kl)]
+    bound = [experiment._written(Method(loss, None, "d")) for loss in filled]
+    assert bound[0] != bound[1] and " at 0x" not in str(bound)
 
 
 def test_a_loss_of_ones_own_is_trained_once_and_found_again(p, monkeypatch):
@@ -76,33 +124,21 @@ def test_a_loss_of_ones_own_is_trained_once_and_found_again(p, monkeypatch):
     calls = count_trainings(monkeypatch)
     rule = Method(own, losses.attack_labels, "my own")
     first = experiment.student(p, "FD", rule=rule)
-    assert [call.split()[-1] for call in calls if "own" in call] == ["FD-own"]
+    assert [call.rpartition("/")[2] for call in calls] == ["FD-my-own"]
     before = len(calls)
     assert experiment.fingerprint(experiment.student(p, "FD", rule=rule)) == experiment.fingerprint(first)
     assert len(calls) == before
     assert experiment.fingerprint(experiment.student(p, "FD")) != experiment.fingerprint(first)
 
 
-def test_measurements_follow_the_code_that_makes_them(p, monkeypatch, tmp_path):
-    """A bound stored by other code must not be read back; comments and docstrings do not count."""
-    file = tmp_path / "engine.py"
-    digests = []
-    for code in (
-        "def f(x):\n    return x",
-        'def f(x):\n    """Doc."""\n    return x  # why',
-        "def f(x):\n    return -x",
-    ):
-        file.write_text(code)
-        digests.append(source.digest_files(file))
-    assert digests[0] == digests[1] != digests[2]
+def test_measurements_follow_the_recipe(p, monkeypatch):
+    """A bound measured by another recipe must not be read back."""
     images, guide = data.test_subset(p)[slice(0, 2)], experiment.teacher(p)
     before = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
-    monkeypatch.setattr(experiment, "MEASURE", "another engine")
+    monkeypatch.setattr(recipes, "MEASURING", -1)
     made = []
-    trivial = {f"{end}{c}": [value] * 2 for end, value in (("lower", 0.0), ("upper", 1.0)) for c in range(10)}
-    monkeypatch.setattr(
-        experiment, "_confidences", lambda *a: made.append(a) or pd.DataFrame(trivial | {"finite": [True, False]})
-    )
+    trivial = {"lower": torch.zeros(2, 10), "upper": torch.ones(2, 10), "finite": torch.tensor([True, False])}
+    monkeypatch.setattr(experiment, "_confidences", lambda *a: made.append(a) or trivial)
     after = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
     assert made and (after["FaithUB"] == 1).all() and (before["FaithUB"] < 1).all()
     assert after["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
@@ -111,7 +147,7 @@ def test_measurements_follow_the_code_that_makes_them(p, monkeypatch, tmp_path):
 def test_a_teacher_is_bounded_once_for_all_students_and_nothing_else_changes(p, faithfulness, monkeypatch):
     calls, alone = [], experiment.difference_bounds
     monkeypatch.setattr(experiment, "difference_bounds", lambda net, *a, **o: calls.append(net) or alone(net, *a, **o))
-    monkeypatch.setattr(experiment, "MEASURE", "counted")
+    monkeypatch.setattr(recipes, "MEASURING", -2)
     monkeypatch.setenv("FAITHKD_JOBS", "1")
     again = experiment.faithfulness(p)
     assert again["FaithUB"].equals(faithfulness["FaithUB"])
@@ -126,8 +162,9 @@ def test_a_teacher_is_bounded_once_for_all_students_and_nothing_else_changes(p, 
 
 
 def test_what_overflows_is_the_trivial_bound():
-    sure = pd.DataFrame({"lower0": [0.9, 0.9], "lower1": [0.0, 0.0], "upper0": [1.0, 1.0], "upper1": [0.1, 0.1]})
-    found = experiment._eq11(sure.assign(finite=True), sure.assign(finite=[True, False]))
+    lower, upper = torch.tensor([[0.9, 0.0]] * 2), torch.tensor([[1.0, 0.1]] * 2)
+    sure = {"lower": lower, "upper": upper, "finite": torch.tensor([True, True])}
+    found = experiment._eq11([sure], [sure | {"finite": torch.tensor([True, False])}])
     assert found["FaithUB"].tolist() == [pytest.approx(0.1), 1.0]
     assert found["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
 
@@ -163,7 +200,7 @@ def test_readings_train_only_the_students_they_are_asked_for(p, monkeypatch):
     experiment.teacher(p)
     calls = count_trainings(monkeypatch)
     frame = experiment.readings(few)
-    assert {call.split()[-1] for call in calls} == {"RT", "FD"}
+    assert {call.rpartition("/")[2] for call in calls} == {"RT", "FD"}
     assert set(frame["method"]) == {"RT", "FD"} and set(frame["measure"]) >= {"accuracy", "agreement", "EmpLB"}
 
 
@@ -178,11 +215,10 @@ def test_everything_can_be_trained_ahead(p, robustness, faithfulness, monkeypatc
     assert calls == [] and experiment.train(p) == 0
 
 
-def test_a_loss_without_source_is_refused(p, monkeypatch):
+def test_a_loss_without_source_is_refused(p):
     nameless = Method(eval("lambda *arguments: 0.0"), None, "typed in")
-    monkeypatch.setitem(losses.METHODS, "SD", nameless)
     with pytest.raises(FaithkdError, match="cannot be read as source"):
-        experiment.student(p, "SD")
+        experiment.student(p, "SD", rule=nameless)
 
 
 def test_readings_change_one_thing_and_everything_is_trained_anew(p):
@@ -385,18 +421,28 @@ def test_the_heat_map_holds_what_it_claims(p):
         )
 
 
-def test_figures_are_the_same_bytes_for_the_same_numbers(p, faithfulness, tmp_path, monkeypatch):
+def test_files_change_with_their_numbers_alone(p, faithfulness, tmp_path, monkeypatch):
+    """The same numbers give the same bytes; what differs by a processor's rounding leaves all three files alone."""
     figures.style()
     monkeypatch.setenv("FAITHKD_OUTPUTS", str(tmp_path / "log.jsonl"))
-    found = []
-    for folder in ("one", "two"):
-        monkeypatch.setattr(params, "ROOT", tmp_path / folder)
-        figures.save(p, "fig2", figures.histograms(faithfulness), faithfulness)
-        figures.save_table(p, "table2", tables.table2(faithfulness), "Table 2")
-        found.append({path.name: path.read_bytes() for path in p.figures_dir.iterdir()})
-    assert set(found[0]) == {f"{name}.{kind}" for name in ("fig2", "table2") for kind in ("pdf", "png", "csv")}
-    assert found[0] == found[1]
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 12
+    table, found = tables.table2(faithfulness), []
+
+    def saved(folder: str, frame) -> tuple[dict, set]:
+        monkeypatch.setattr(type(p), "figures_dir", tmp_path / folder)
+        figures.save(p, "table2", figures.by_eps(table), frame)
+        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        return {file.name: file.read_bytes() for file in p.figures_dir.iterdir()}, {n["written"] for n in log[-3:]}
+
+    found = [saved(folder, table) for folder in ("one", "two", "one")]
+    assert set(found[0][0]) == {f"table2.{kind}" for kind in ("pdf", "png", "csv")}
+    assert found[0] == found[1] and found[2] == (found[0][0], {False}) and found[0][1] == {True}
+    assert saved("one", table.assign(mean=table["mean"] + 1e-4)) == (found[0][0], {False})
+    for other in (table.assign(mean=table["mean"] + 0.01), table.iloc[1:], table.assign(method="FD")):
+        files, written = saved("one", other)
+        assert written == {True} and files["table2.csv"] != found[0][0]["table2.csv"]
+        assert saved("one", table) == (found[0][0], {True})
+    (tmp_path / "one" / "table2.png").unlink()
+    assert saved("one", table) == (found[0][0], {True})
 
 
 def test_every_method_has_a_colour_and_a_marker():

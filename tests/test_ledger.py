@@ -1,26 +1,12 @@
-"""The ledger: intervals, verdicts on numbers and claims, all on frames made by hand."""
+"""The ledger: verdicts on numbers and claims, what is proved, the claims page; all on frames made by hand."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from faithkd import experiment, figures, ledger, paper, params, tables
-from faithkd.paper import STUDENTS
-
-
-def margins(by_pair: dict[str, list[float]], eps: str = "0.1", images: int = 2) -> pd.DataFrame:
-    """Margins as `by_radius` wants them: a value per seed for each pair, the same on all images."""
-    rows = [
-        (eps, pair, seed, image, value)
-        for pair, values in by_pair.items()
-        for seed, value in enumerate(values)
-        for image in range(images)
-    ]
-    return pd.DataFrame(rows, columns=["eps", "pair", "seed", "image", "margin"])
-
-
-def one_radius(**by_pair: list[float]) -> pd.Series:
-    return ledger.by_radius(margins(by_pair)).iloc[0]
+from faithkd import experiment, figures, ledger, paper, params, tables, training
+from faithkd.report.decide import seeds_needed
+from faithkd.report.paper import STUDENTS
 
 
 def robustness(shares: dict[str, list[float]], radii=("0", "0.1", "0.2"), images: int = 100) -> pd.DataFrame:
@@ -58,14 +44,12 @@ def test_each_repeat_has_a_seed_of_its_own():
     assert frame.to_dict("list") == {"value": [14, 15, 16], "seed": [4, 5, 6]}
 
 
-def test_networks_do_not_depend_on_how_often_they_are_repeated(monkeypatch):
-    kept = []
-    monkeypatch.setattr(
-        experiment.store, "network", lambda kind, depends, *rest, name: kept.append(depends) or (None, None)
+def test_networks_do_not_depend_on_how_often_they_are_repeated():
+    first, second = (
+        experiment.place(params.load("smoke", {"repeats": repeats}), "RT", None, training.ADVERSARIAL)
+        for repeats in (1, 5)
     )
-    for repeats in (1, 5):
-        experiment.trained(params.load("smoke", {"repeats": repeats}), "RT")
-    assert kept[0] == kept[1]
+    assert first == second
 
 
 # --- cells
@@ -162,69 +146,33 @@ def test_the_summary_counts_every_cell(monkeypatch):
 # --- claims
 
 
-def test_a_claim_holds_only_against_every_rival():
-    assert one_radius(ARD=[1.0, 1.1, 1.2], SD=[3.0, 3.1, 3.2])["holds"] == "yes"
-    row = one_radius(ARD=[-0.5, 1.0, 2.5], SD=[3.0, 3.1, 3.2])
-    assert (row["holds"], row["pair"], row["shown"], row["margin"]) == ("open", "ARD", 2, 1.0)
-    row = one_radius(ARD=[-1.0, -1.1, -1.2], SD=[-9.0, 3.1, 3.2])
-    assert (row["holds"], row["pair"], row["shown"]) == ("no", "ARD", 0)
-
-
-def test_failing_against_one_of_many_needs_more():
-    """The more rivals, the likelier one is ahead by luck: the interval below 0 is widened for their number."""
-    behind = [-0.7, -1.0, -1.3]
-    assert one_radius(ARD=behind)["high"] < 0 and one_radius(ARD=behind)["holds"] == "no"
-    assert one_radius(ARD=behind, SD=[3.0] * 3, RSLAD=[3.0] * 3)["holds"] == "open"
-
-
-def test_seeds_that_happen_to_agree_do_not_hide_the_draw_of_the_images():
-    frame = margins({"SD": [1.0, 1.0, 1.0]})
-    assert ledger.by_radius(frame).iloc[0]["holds"] == "yes"
-    frame["margin"] += np.where(frame["image"] == 0, 5.0, -5.0)
-    assert ledger.by_radius(frame).iloc[0]["holds"] == "open"
-
-
-def test_one_seed_decides_nothing():
-    row = one_radius(SD=[5.0])
-    assert row["holds"] == "open" and row["shown"] == 1 and np.isnan(row["low"])
-
-
-@pytest.mark.parametrize(
-    ("holds", "shown", "seeds", "exceptions", "verdict"),
-    [
-        ("yes yes yes", "333", 3, 0, "reproduced"),
-        ("yes yes open", "332", 3, 0, "undecided"),
-        ("yes yes open", "332", 3, 1, "reproduced"),
-        ("yes yes no", "330", 3, 0, "not reproduced"),
-        ("yes yes no", "330", 3, 1, "reproduced"),
-        ("yes no no", "300", 3, 1, "not reproduced"),
-        ("open open open", "003", 3, 0, "not reproduced"),
-        ("open open open", "033", 3, 0, "undecided"),
-        ("open open open", "001", 1, 0, "undecided"),
-        ("open", "3", 3, 1, "undecided"),  # an exception to a single radius would be the whole claim
-        ("", "", 3, 0, "undecided"),
-    ],
-)
-def test_verdicts_on_a_claim(holds, shown, seeds, exceptions, verdict):
-    radii = pd.DataFrame({"holds": holds.split(), "shown": list(map(int, shown)), "seeds": seeds})
-    assert ledger.judge(radii, exceptions) == verdict
+def test_a_claim_is_as_good_as_its_worst_pair():
+    """At a radius the row is that of the worst pair, with the seeds until all pairs are decided."""
+    shares = {"SD": [0.2] * 6, "ARD": [0.6] * 6, "RSLAD": [0.5, 0.8] * 3, "FD": [0.9] * 6, "RT": [1.0] * 6}
+    held, bounds = robustness(shares), faithfulness({("0.1", m): (0.1, 0.999) for m in STUDENTS}, seeds=6)
+    found = ledger.claims("digits", held, bounds).set_index(["claim", "eps"])
+    assert found.loc[("C2", "0.1"), "pair"] == "robust: RSLAD against FD"
+    assert found.loc[("C2", "0.1"), "margin"] == pytest.approx(-25)
+    against_ard = seeds_needed(5.0, 100 * np.std([0.5, 0.8] * 3, ddof=1), 1.0, tests=6, beyond=6)
+    assert found.loc["C2", "needed"].tolist() == pytest.approx([against_ard] * 2), "the pair that takes longest"
+    assert (found.loc["C2", "verdict"] == "undecided").all() and not found["claimed"].any()
 
 
 def test_leads_are_paired_and_keep_the_order_of_the_radii():
     frame = faithfulness({(eps, m): (0.1 * k, 0.2 * k) for eps in ("8/255", "16/255") for k, m in enumerate(STUDENTS)})
     found = ledger.lead(frame, "EmpLB", ["SD"])
-    assert list(dict.fromkeys(found["eps"])) == ["8/255", "16/255"]
-    assert found.groupby("pair")["margin"].mean().round(3).tolist() == [0.1, 0.3, 0.2]  # against ARD, FD, RSLAD
-    held = robustness({"SD": [0.5], "FD": [0.75]})
-    assert ledger.lead(held, "robust", ["FD"], ["SD"])["margin"].mean() == 25
+    assert found.index.get_level_values("eps").unique().tolist() == ["8/255", "16/255"] and list(found) == [0, 1, 2]
+    assert np.allclose(found.loc["8/255"].T, [[0.1, 0.2, 0.3]] * 3, atol=1e-3), "against ARD, RSLAD, FD"
+    means = frame.groupby(["eps", "method", "seed"], sort=False)[["EmpLB", "FaithUB"]].mean().reset_index()
+    assert np.allclose(found, ledger.lead(means, "EmpLB", ["SD"])), "the means of each seed say the same"
+    assert (ledger.lead(robustness({"SD": [0.5], "FD": [0.75]}), "robust", ["FD"], ["SD"]) == 25).all(axis=None)
 
 
 def test_bounds_at_their_ceiling_are_not_compared():
     ends = {("0.1", m): (0.1, 0.5) for m in STUDENTS} | {("0.2", m): (0.1, 0.999) for m in STUDENTS}
     ends["0.2", "ARD"] = (0.1, 0.9)
     found = ledger.lead(faithfulness(ends), "FaithUB", ["FD"])
-    assert set(found.query("eps == '0.2'")["pair"]) == {"FaithUB: FD against ARD"}
-    assert found.query("eps == '0.1'")["pair"].nunique() == 3
+    assert list(found.loc["0.2"].index) == ["FaithUB: FD against ARD"] and len(found.loc["0.1"]) == 3
 
 
 def steps_frame(values: dict[str, list[float]], seed: int) -> pd.DataFrame:
@@ -237,63 +185,104 @@ def steps_frame(values: dict[str, list[float]], seed: int) -> pd.DataFrame:
 def test_flips_by_float_noise_do_not_count():
     clear = {"RSLAD": [0.1, 0.3], "FD": [0.2, 0.2]}
     noise = {"RSLAD": [0.1, 0.30000001], "FD": [0.2, 0.3]}
-    assert ledger.flipping(steps_frame(clear, 0))["margin"].tolist() == [100]
-    assert ledger.flipping(steps_frame(noise, 0))["margin"].tolist() == [0]
+    for values, share in ((clear, 100), (noise, 0)):
+        assert ledger.flipping(steps_frame(values, 3)).to_dict() == {3: {("8/255", "RSLAD and FD"): share}}
 
 
-def whole(dataset: str, steps=None) -> pd.DataFrame:
-    held = robustness({"RT": [0.9] * 3, "SD": [0.2] * 3, "ARD": [0.6] * 3, "RSLAD": [0.95] * 3, "FD": [0.7] * 3})
+def whole(dataset: str, steps=None, alphas=None, seeds: int = 12) -> pd.DataFrame:
+    shares = {"RT": 0.9, "SD": 0.2, "ARD": 0.6, "RSLAD": 0.95, "FD": 0.7}
     size = {"SD": 0.3, "ARD": 0.2, "RSLAD": 0.15, "FD": 0.1}
     ends = {(eps, m): (size[m] * k, 2 * size[m] * k) for k, eps in enumerate(("0.1", "0.2"), 1) for m in STUDENTS}
-    return ledger.claims(dataset, held, faithfulness(ends), steps)
+    held = robustness({method: [share] * seeds for method, share in shares.items()})
+    return ledger.claims(dataset, held, faithfulness(ends, seeds), steps, alphas)
 
 
 def test_the_claims_are_those_of_the_data_set():
-    mnist = whole("mnist").drop_duplicates("claim").set_index("claim")
-    assert list(mnist.index) == ["C1", "C2", "C3", "C4", "C5", "C8"] and mnist["claimed"].all()
-    assert mnist["verdict"].to_dict() == {
-        "C1": "reproduced", "C2": "reproduced", "C3": "not reproduced",
-        "C4": "reproduced", "C5": "reproduced", "C8": "reproduced",
-    }  # fmt: skip
+    mnist = ledger.overview(whole("mnist")).set_index("claim")
+    assert mnist["mark"].to_dict() == {"C1": "✓", "C2": "✓", "C3": "✗", "C4": "✓", "C5": "✓", "C8": "✓"}
+    assert mnist["claimed"].all() and mnist.loc["C1", "words"] == "holds, by more than 1 point, at 2 of 2 ε"
     assert whole("mnist").query("claim == 'C3'")["eps"].tolist() == ["0.2"], "all but the smallest ε"
-    assert whole("cifar10").query("claim == 'C3'")["eps"].tolist() == ["0.1", "0.2"]
-    assert "C2" not in set(whole("cifar10")["claim"])
-    fashion = whole("fashion_mnist").drop_duplicates("claim").set_index("claim")
-    assert fashion.loc["C3", "verdict"] == "reproduced" and fashion.loc["C4", "verdict"] == "not reproduced"
-    assert "RSLAD" in fashion.loc["C4", "text"] and not whole("digits")["claimed"].any()
+    cifar = whole("cifar10")
+    assert cifar.query("claim == 'C3'")["eps"].tolist() == ["0.1", "0.2"] and "C2" not in set(cifar["claim"])
+    fashion = ledger.overview(whole("fashion_mnist")).set_index("claim")
+    assert fashion.loc["C3", "mark"] == "✓" and fashion.loc["C4", "mark"] == "✗" and "RSLAD" in fashion["text"]["C4"]
 
 
-def test_an_order_that_flips_in_every_seed_is_enough():
+def test_one_order_that_flips_is_enough():
     clear, calm = {"RSLAD": [0.1, 0.3], "FD": [0.2, 0.2]}, {"RSLAD": [0.1, 0.1], "FD": [0.2, 0.2]}
-    for kinds, holds in (((clear, clear), "yes"), ((clear, calm), "open"), ((calm, calm), "no"), ((clear,), "yes")):
+    for kinds, verdict in (((clear, calm), "holds"), ((calm, calm), "undecided"), ((clear,), "holds")):
         steps = pd.concat([steps_frame(values, seed) for seed, values in enumerate(kinds)], ignore_index=True)
-        (row,) = whole("fashion_mnist", steps).query("claim == 'C6'").to_dict("records")
-        assert row["holds"] == holds and row["eps"] == "8/255"
+        (row,) = whole("fashion_mnist", steps, seeds=1).query("claim == 'C6'").to_dict("records")
+        assert row["verdict"] == verdict and row["eps"] == "8/255" and np.isnan(row["needed"])
 
 
 def test_a_larger_alpha_must_lower_both_bounds():
-    ends = {("0.1", 0.5): (0.3, 0.6), ("0.1", 0.75): (0.4, 0.7), ("0.1", 1.0): (0.2, 0.5)}
-    alphas = faithfulness(ends).rename(columns={"method": "alpha"})
-    held, bounds = (
-        robustness({m: [0.5] * 3 for m in ("RT", *STUDENTS)}),
-        faithfulness({("0.1", m): (0.1, 0.2) for m in STUDENTS} | {("0.2", m): (0.1, 0.2) for m in STUDENTS}),
-    )
-    (row,) = ledger.claims("cifar10", held, bounds, alphas=alphas).query("claim == 'C7'").to_dict("records")
-    assert row["verdict"] == "reproduced" and row["margin"] == pytest.approx(0.1, abs=1e-3)
-    assert row["pair"].endswith("1.0 against 0.5")
+    ends = {("0.1", 0.5): (0.3, 0.6), ("0.1", 0.75): (0.4, 0.7), ("0.1", 1.0): (0.2, 0.65)}
+    alphas = faithfulness(ends, seeds=12).rename(columns={"method": "alpha"})
+    (row,) = whole("cifar10", alphas=alphas).query("claim == 'C7'").to_dict("records")
+    assert row["verdict"] == "the opposite holds" and row["margin"] == pytest.approx(-0.05, abs=1e-3)
+    assert row["pair"] == "FaithUB: 1.0 against 0.5"
+
+
+# --- proved, image by image
+
+
+def test_what_is_proved():
+    """Two radii, three images: FD is proved better on one, worse on none at the first; tighter ends prove more."""
+    rows = [("4/255", "FD", 1, 0.1, 0.2), ("4/255", "SD", 1, 0.3, 0.9), ("4/255", "FD", 2, 0.1, 0.4)]
+    rows += [("4/255", "SD", 2, 0.4, 0.9), ("4/255", "FD", 3, 0.0, 1.0), ("4/255", "SD", 3, 0.0, 1.0)]
+    rows += [("12/255", m, image, 0.5, 0.6) for m in ("FD", "SD") for image in (1, 2, 3)]
+    bounds = pd.DataFrame(rows, columns=["eps", "method", "image", "EmpLB", "FaithUB"])
+    found = ledger.proved(bounds)
+    assert found["eps"].tolist() == ["4/255"] * 2 + ["12/255"] * 2 and (found["images"] == 3).all()
+    names = ["student", "proved", "lost", "open"]
+    assert np.allclose(found.set_index("student").loc["FD", names[1:]], [[100 / 3, 0, 200 / 3], [0, 0, 100]])
+    assert np.allclose(found.set_index("student").loc["SD", names[1:]], [[0, 100 / 3, 200 / 3], [0, 0, 100]])
+    tight = bounds.assign(BestUB=[0.2, 0.9, 0.39, 0.9, *[1.0] * 8], StrongLB=[0.0] * 6 + [0.5] * 6)
+    assert ledger.proved(tight)["proved"].tolist() == pytest.approx([200 / 3, 0, 0, 0])
+    assert ledger.proved(pd.concat([bounds.assign(seed=0), bounds.assign(seed=1)]))["images"].tolist() == [6] * 4
+    cells, bold = tables.layout(found, "proved")
+    assert cells.iloc[0, 0] == "33.3 [66.7]" and bold.to_numpy().sum() == 1
+    for wrong in (0.05, np.nan):
+        with pytest.raises(AssertionError, match="report"):
+            ledger.proved(tight.assign(BestUB=wrong, FaithUB=wrong))
 
 
 # --- what is shown
 
 
-def test_the_claims_fit_a_table():
-    found = whole("mnist")
-    cells, bold = tables.layout(found, "claims")
-    assert [label.split()[0] for label in cells.index] == list(dict.fromkeys(found["claim"]))
-    assert cells["verdict", "3 seeds"].tolist()[:3] == ["reproduced", "reproduced", "not reproduced"]
-    group = cells.columns[0][0]
-    assert cells[group, "0.1"].iloc[0] == "✓ +40.0\n[3 of 3]" and bold[group, "0.1"].iloc[0]
-    assert cells[group, "0.1"].iloc[2] == "", "the paper makes no such claim at the smallest ε"
+def test_the_claims_page_has_a_row_a_claim_and_data_set():
+    few, many = whole("mnist", seeds=3), whole("fashion_mnist")
+    lines = ledger.page({"fashion_mnist": many, "mnist": few, "digits": whole("digits", seeds=3)})
+    assert ledger.RULE.splitlines()[0] in lines and not any("digits" in line for line in lines)
+    rows = [line for line in lines if line.startswith("| ") and " C" in line[:5]]
+    assert [row[4:6] for row in rows] == [f"C{n}" for n in (1, 2, 3, 4, 5, 8) for _ in range(2)]
+    assert rows[0] == (
+        "| ✓ C1: ARD, RSLAD, FD are more robust than SD | `fashion_mnist`, 12 | +40.0 [+40.0, +40.0] points at ε = 0.1 "
+        "| holds, by more than 1 point, at 2 of 2 ε |"
+    )
+    assert rows[1].endswith("3 | +40.0 points at ε = 0.1 | undecided, at 2 of 2 ε (it would take 8 seeds) |")
+    unsure = many.assign(verdict="undecided", needed=np.inf, supported=0.0234)
+    assert (
+        ledger.overview(unsure)["words"]
+        .iloc[3]
+        .endswith("(it would take over 1000 seeds; so far: at most 0.023 apart)")
+    )
+
+
+def test_nearly_always_allows_one_exception():
+    judged = whole("mnist").query("claim in ['C4', 'C5']").reset_index(drop=True)
+    judged.loc[judged["eps"] == "0.2", "verdict"] = "the opposite holds"
+    assert ledger.overview(judged)["mark"].tolist() == ["✗", "✓"]
+
+
+def test_the_forest_draws_every_radius_of_every_claim():
+    judged = whole("mnist")
+    figure = figures.forest(judged, "title")
+    (axes,) = figure.axes
+    assert len(axes.get_yticks()) == len(judged)
+    drawn = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    assert np.allclose(drawn, judged["margin"] / judged["unit"].map({"%": 1.0, "confidence": 0.01}))
 
 
 @pytest.mark.parametrize(("dataset", "panels"), [("mnist", 4), ("cifar10", 6)])

@@ -10,7 +10,9 @@ import pandas
 import pytest
 from conftest import REPOSITORY
 
-from faithkd import ledger, notebooks, params, paths
+from faithkd import ledger, params, paths, recipes
+from faithkd.report import pages
+from faithkd.reproduce import notebooks
 
 
 def test_refreshing_twice_gives_the_same_bytes(home, monkeypatch):
@@ -59,7 +61,7 @@ def edited(path, change) -> list[str]:
 
 def test_committed_notebooks_are_sound_and_not_stale():
     numbers = [path.name[:2] for path in notebooks.listing()]
-    assert numbers == [f"{number:02d}" for number in range(12)]
+    assert numbers == [f"{number:02d}" for number in range(14)]
     p, start = params.load(notebooks.PROFILE), time.perf_counter()
     complaints = [f"{path.name} {text}" for path in notebooks.listing() for text in notebooks.check(path, p)]
     assert not complaints, "\n".join([*complaints, "`make notebooks` executes them again"])
@@ -84,26 +86,18 @@ def test_changed_parameters_make_it_stale(sound):
     assert "stale" in complaint
 
 
-def test_only_code_counts_in_the_package(tmp_path):
-    (tmp_path / "cli.py").write_text("tool = 1")
-    module = tmp_path / "losses.py"
-
-    def digest(text):
-        module.write_text(text)
-        notebooks.code_digest.cache_clear()
-        return notebooks.code_digest(tmp_path)
-
-    first = digest('"""A."""\ndef f(x):\n    """B."""\n    return 2 * x\n')
-    assert digest('"""C."""\n# D\ndef f( x ):\n\n    return 2*x  # E\n') == first
-    assert digest("def f(x):\n    return 3 * x\n") != first
-    assert digest("def f(x):\n    return 2 * x\n") == first
-    (tmp_path / "cli.py").write_text("tool = 2")
-    assert digest("def f(x):\n    return 2 * x\n") == first
-    # The same in every version of Python: this value was made by 3.11, 3.12 and 3.13.
-    assert (
-        digest('def f(*a, b=None, **k) -> int:\n    return f"{a!r:>{b}}", {**k}, ..., [i for i in a]\n')[:8]
-        == "98720ac0"
-    )
+def test_a_raised_recipe_makes_it_stale_and_any_edit_of_the_package_runs_it_again(sound, tmp_path, monkeypatch):
+    p = params.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "MEASURING", -1)
+        assert "stale" in notebooks.check(sound, p)[0]
+    (tmp_path / "package" / "reproduce").mkdir(parents=True)
+    (tmp_path / "package" / "losses.py").write_text("a = 1")
+    monkeypatch.setattr(notebooks, "__file__", str(tmp_path / "package" / "reproduce" / "notebooks.py"))
+    first = notebooks.run_key(sound, p)
+    assert notebooks.run_key(sound, p) == first
+    (tmp_path / "package" / "losses.py").write_text("a = 2")
+    assert notebooks.run_key(sound, p) != first and notebooks.check(sound, p) == []
 
 
 @pytest.mark.parametrize(
@@ -131,10 +125,34 @@ def test_only_code_counts_in_the_package(tmp_path):
             "cell 4 shows a warning",
         ),
         (lambda n: n.pop("cells"), "is no notebook"),
+        (lambda n: n.pop("metadata"), "is no notebook"),
+        (lambda n: n["cells"][2].pop("execution_count"), "is no notebook"),
+        (lambda n: n["cells"].append(5), "is no notebook"),
     ],
 )
 def test_every_fault_is_told(sound, change, told):
     assert any(told in complaint for complaint in edited(sound, change))
+
+
+DAMAGED = [b"", b"<<<<<<< HEAD\n{}", b"[]", b'{"cells": {"a": 1}}', b'{"cells": [{}]}', b"\xff\xfe", b'{"seconds": {}}']
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_files_are_named_with_a_remedy(home, monkeypatch, sound, content):
+    """A notebook, what made the figures, a table: not taken for something else, and no bare error."""
+    monkeypatch.setattr(paths, "ROOT", home.folder)
+    (home.folder / "figures" / "mnist").mkdir(parents=True)
+    about, table = (home.folder / "figures" / "mnist" / name for name in ("provenance.json", "claims.csv"))
+    sound.write_bytes(content)
+    (complaint,) = notebooks.check(sound, params.load())
+    assert complaint.startswith("is no notebook")
+    uses = {sound: lambda: notebooks.title(sound), about: notebooks._expectations, table: notebooks._claims}
+    for path, use in uses.items():
+        path.write_bytes(content)
+        with pytest.raises(notebooks.NotebookError, match=f"{path} cannot be read .*get it anew with git checkout"):
+            use()
+        if path != sound:
+            path.unlink()
 
 
 def test_refresh_leaves_a_failing_notebook_as_it_was(home, monkeypatch):
@@ -149,88 +167,84 @@ def test_refresh_leaves_a_failing_notebook_as_it_was(home, monkeypatch):
 def test_the_readme_lists_the_notebooks_and_the_committed_figures():
     """Stale tables in README.md: `make notebooks` writes them anew."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert notebooks.readme(text) == text
+    assert pages.readme(text, notebooks.listing()) == text
     assert text.count("](notebooks/") == len(notebooks.listing())
     assert "| `digits` |" in text
+    measured = (REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert pages.benchmarks_page(measured) == measured
 
 
 def test_a_readme_without_its_blocks_is_refused():
     with pytest.raises(notebooks.NotebookError, match="must hold one block"):
-        notebooks.readme("# nothing here")
+        pages.readme("# nothing here", notebooks.listing())
 
 
-def test_a_profile_of_which_only_some_notebooks_ran_has_no_row(home, monkeypatch):
-    monkeypatch.setattr(paths, "ROOT", home.folder)
-    about = {"profile": "mnist", "overrides": {}, "params": {"data": {"name": "mnist"}}, "seconds": {"10-x": 125.0}}
-    (home.folder / "figures" / "mnist").mkdir(parents=True)
-    (home.folder / "figures" / "mnist" / "provenance.json").write_text(json.dumps(about))
-    assert notebooks._expectations() == []
+def test_a_profile_of_which_only_some_notebooks_ran_has_no_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    (tmp_path / "params").symlink_to(REPOSITORY / "params")
+    about = {"params": {"data": {"name": "mnist"}}, "seconds": {"10-x": 125.0}}
+    (tmp_path / "figures" / "mnist").mkdir(parents=True)
+    (tmp_path / "figures" / "mnist" / "provenance.json").write_text(json.dumps(about))
+    assert len(pages._expectations()) == 2, "the heads alone"
     rows = [
         {"eps": "0.1", "method": "FD", "bound": bound, "mean": mean}
         for bound, mean in (("EmpLB", 0.1), ("FaithUB", 0.25))
     ]
-    pandas.DataFrame(rows).to_csv(home.folder / "figures" / "mnist" / "table2.csv", index=False)
-    told = "| `mnist` | mnist | 2 min | FD at ε = 0.1: mean EmpLB 0.100, mean FaithUB 0.250 |\n"
-    assert notebooks._expectations() == [told]
+    pandas.DataFrame(rows).to_csv(tmp_path / "figures" / "mnist" / "table2.csv", index=False)
+    told = "| `mnist` | mnist | 2 min | FD at ε = 0.1: mean EmpLB 0.100, mean FaithUB 0.250 |"
+    assert pages._expectations()[2:] == [told]
+
+
+def test_the_page_of_the_weights_lists_what_lies_there():
+    page = (REPOSITORY / "weights" / "README.md").read_text(encoding="utf-8")
+    assert pages.weights_page("") == page and "| `mnist/alpha=0.75` | 0, 1, 2 | FD |" in page
 
 
 def test_the_papers_page_says_what_the_committed_figures_say():
     """A stale ledger in PAPER.md: `make notebooks` writes it anew."""
     text = (REPOSITORY / "PAPER.md").read_text(encoding="utf-8")
-    assert notebooks.paper_page(text) == text
+    assert pages.paper_page(text) == text
     with pytest.raises(notebooks.NotebookError, match="must hold one block"):
-        notebooks.paper_page("# nothing here")
+        pages.paper_page("# nothing here")
 
 
 def test_the_ledger_of_a_page_is_made_from_the_figures(home, monkeypatch):
-    """Verdicts side by side, cells counted, the key rows beside the paper's; runs with overrides are left out."""
+    """Claims and cells, the key rows beside the paper's; runs with overrides are left out."""
     monkeypatch.setattr(paths, "ROOT", home.folder)
-    page = "before\n<!-- ledger: x -->\n| old |\n<!-- end of ledger -->\nafter\n"
-    page += "<!-- readings: x -->\n<!-- end of readings -->\n"
-    for name in ("digits", "mnist", "mnist+seed=1"):
-        folder = home.folder / "figures" / name
-        folder.mkdir(parents=True)
-        claimed = name != "digits"
-        rows = [
-            {
-                "claim": "C1",
-                "text": "A beats B",
-                "claimed": claimed,
-                "eps": eps,
-                "seeds": 3,
-                "holds": holds,
-                "verdict": "undecided",
-            }
-            for eps, holds in (("0.1", "yes"), ("0.2", "open"))
-        ]
-        pandas.DataFrame(rows).to_csv(folder / "claims.csv", index=False)
-    assert "no number stands beside the paper's" in notebooks.paper_page(page)
-    assert "No data set of the paper has been run with other readings yet." in notebooks.paper_page(page)
+    blocks = "".join(
+        f"<!-- {name}: x -->\n| old |\n<!-- end of {name} -->\n" for name in ("claims", "ledger", "readings")
+    )
+    page = f"before\n{blocks}after\n"
+    radius = {"claim": "C1", "text": "A beats B", "claimed": True, "eps": "0.1", "unit": "%", "margin": 2.0, "low": 1.5}
+    radius |= {"high": 2.5, "seeds": 9, "verdict": "holds", "needed": None, "supported": 2.4}
+    for name in ("mnist", "mnist+seed=1"):
+        (home.folder / "figures" / name).mkdir(parents=True)
+        pandas.DataFrame([radius]).to_csv(home.folder / "figures" / name / "claims.csv", index=False)
+    assert "no number stands beside the paper's" in pages.paper_page(page)
+    assert "No data set of the paper has been run with other readings yet." in pages.paper_page(page)
     theirs = ledger.papers().query("dataset == 'mnist'").rename(columns={"paper": "value"})
     values = pandas.concat([theirs.assign(seed=seed, value=theirs["value"] + 0.001 * seed) for seed in range(3)])
     ledger.cells(values).to_csv(home.folder / "figures" / "mnist" / "ledger.csv", index=False)
     parts = [theirs.assign(reading="as in the profile", seed=seed, value=theirs["value"] + seed) for seed in range(2)]
     parts.append(theirs.assign(reading="train.kl=reverse", seed=0, value=theirs["value"] - 3))
     pandas.concat(parts).to_csv(home.folder / "figures" / "mnist" / "readings.csv", index=False)
-    made = notebooks.paper_page(page)
-    assert made.startswith(
-        "before\n<!-- ledger: x -->\n| claim | `digits`, 3 seeds, illustration | `mnist`, 3 seeds |\n"
-    )
-    assert "| C1: A beats B | undecided (1 of 2 ε) | undecided (1 of 2 ε) |" in made
+    made = pages.paper_page(page)
+    assert made.startswith("before\n<!-- claims: x -->\n<details>") and "mnist+seed=1" not in made
+    assert "| ✓ C1: A beats B | `mnist`, 9 | +2.0 [+1.5, +2.5] points at ε = 0.1 | holds, at 1 of 1 ε |" in made
     assert "| `mnist` | table1: agreement | 24 | 24 | 0 | 0 | 0 | 0.0 points |" in made
     assert "| `mnist`, 3 seeds | EmpLB at ε = 0.1 | – | 0.107 ±0.002 [0.106] |" in made
-    assert "| old |" not in made and "<!-- end of ledger -->\nafter\n" in made
+    assert "| old |" not in made and made.endswith("<!-- end of readings -->\nafter\n")
     assert "| as in the profile, all seeds | 97.9 to 98.9 | 90.0 to 91.0 | 65.6 to 66.6 |" in made
     assert re.search(r"\| `train.kl=reverse` \| 94.9 \| 87.0 \| 62.6 \| 83.0 \|.* 3\.0 \|.*3\.000", made)
-    assert notebooks.paper_page(made) == made
+    assert pages.paper_page(made) == made
     trained = pandas.concat(parts).query("method != 'SD'")  # ablation.students need not be all
     trained.to_csv(home.folder / "figures" / "mnist" / "readings.csv", index=False)
-    made = notebooks.paper_page(page)
+    made = pages.paper_page(page)
     assert "SD: robust" not in made and "nan" not in made
     trained.query("reading == 'as in the profile'").to_csv(
         home.folder / "figures" / "mnist" / "readings.csv", index=False
     )
-    assert "No data set of the paper has been run with other readings yet." in notebooks.paper_page(page)
+    assert "No data set of the paper has been run with other readings yet." in pages.paper_page(page)
 
 
 @pytest.mark.slow
@@ -238,11 +252,12 @@ def test_everything_regenerates_from_an_empty_store(home):
     """All notebooks by papermill on the smoke profile with nothing computed or trained before."""
     (home.folder / "notebooks").rmdir()
     shutil.copytree(REPOSITORY / "notebooks", home.folder / "notebooks")
-    printed = home.call("run", "--profile", "smoke")
+    process = home.start("run", "--profile", "smoke")
+    printed, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, printed
     made = {path.name for path in (home.folder / "figures" / "smoke").iterdir()}
     names = ["fig1", "fig2", "fig3", "table1", "table2", "table3", "table5", "claims"]
     assert {f"{name}.{kind}" for name in names for kind in ("pdf", "png", "csv")} <= made, printed
-    assert "provenance.json" in made and "12 to run" in printed
-
+    assert "provenance.json" in made and "14 to run" in printed
     printed = home.call("run", "--profile", "smoke")
-    assert "0 to run" in printed and printed.count("already there") == 12
+    assert "0 to run" in printed and printed.count("already there") == 14

@@ -11,11 +11,11 @@ import torch
 from scipy.optimize import linprog
 from torch import nn
 
-from faithkd.bounds import difference_bounds, exact, faithfulness_upper_bound, programs, solvers
+from faithkd.bounds import difference_bounds, exact, faithfulness_upper_bound, operators, programs, solvers
+from faithkd.bounds import graph as net
 from faithkd.bounds import linear as lin
-from faithkd.bounds import network as net
+from faithkd.bounds.domains import root
 from faithkd.bounds.softmax import pair_bound
-from faithkd.bounds.tree import root
 from faithkd.errors import FaithkdError
 
 cp = pytest.importorskip("cvxpy")
@@ -57,7 +57,7 @@ def inside(x, eps, count=4000):
 def opened(network, x, eps, solver="highs"):
     """The network, the boxes that the LP is built on (alpha-CROWN's), and the LP of one image."""
     ready = net.prepare(network, tuple(x.shape[1:]))
-    bounds = root(ready, 0, *net.ball(x, eps)).bounds
+    bounds = root(ready, 0, *net.outer_ball(x, eps)).bounds
     return ready, bounds, exact.opener(ready, solver)(bounds)
 
 
@@ -98,12 +98,12 @@ def lp_by_scipy(ready, bounds, row):
     sizes = [math.prod(shape) for shape in ready.shapes]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     equal, equal_to, below, below_than = [], [], [], []
-    for k, layer in enumerate(ready.layers):
+    for k, layer in enumerate(node.operator for node in ready.nodes):
         z, y = starts[k], starts[k + 1]
         for unit in range(sizes[k + 1]):
             line = np.zeros(starts[-1])
             line[y + unit] = 1
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, operators.Linear):
                 line[z : z + sizes[k]] = -layer.weight[unit].numpy()
                 equal.append(line)
                 equal_to.append(layer.bias[unit].item())
@@ -148,7 +148,7 @@ def test_strong_duality_holds_with_max_pooling(seed):
     network, x, eps = pooled(seed), torch.randn(1, 1, 4, 4).double(), 0.4
     network(x)
     ready, bounds, image = opened(network, x, eps)
-    undecided = sum(int(line.free.any()) for k, line in enumerate(image.lines) if k in image.form.pieces)
+    undecided = sum(int(image.lines[k].free.any()) for k in image.form.pieces)
     assert undecided >= 2  # the pool and the ReLUs
     rows, _ = lin.difference_rows(3)
     for row in rows:
@@ -169,7 +169,7 @@ def test_multipliers_are_those_that_cvxpy_reads(kind):
     none = np.array([], int)
     answer = image.solve(image.form.cost(row.numpy()), none, none)
     _, program = by_cvxpy(ready, bounds, row)
-    for k, (lower_pieces, upper_piece) in program.pieces.items():
+    for k, (_, lower_pieces, upper_piece) in program.pieces.items():
         theirs = np.concatenate([piece.dual_value for piece in lower_pieces])
         rows = image.form.pieces[k]
         ours = answer.multipliers[rows.T.ravel() if kind == "fc" else np.sort(rows[rows >= 0])]
@@ -267,7 +267,7 @@ def test_a_node_limit_keeps_a_valid_bound_and_says_so():
     truth, before = (z[:, None, :] - z[:, :, None]).amax(0), math.inf
     _, _, image = opened(network, x, eps)
     for nodes in (0, 5, 50, 2000):
-        highest, note = exact.climb([image], [torch.full((3, 3), math.inf).double()], nodes)
+        highest, note = exact.lowered([image], [torch.full((3, 3), math.inf).double()], nodes)
         value = highest[0].fill_diagonal_(0).sum().item()
         assert (truth <= highest[0]).all() and value <= before + 1e-9
         assert ("MILP not settled" in note) == (nodes in (5, 50))

@@ -10,9 +10,8 @@ So each network is asked by itself.
 import torch
 from torch import Tensor
 
-from faithkd.bounds import apart
-from faithkd.bounds.joint import pick
-from faithkd.bounds.tree import Root, run, whole
+from faithkd.bounds import alone
+from faithkd.bounds.domains import Root
 
 NODES = 256  # parts of a ball, per network, after which nothing is claimed
 
@@ -20,7 +19,7 @@ NODES = 256  # parts of a ball, per network, after which nothing is claimed
 def agrees(roots: tuple[Root, Root], nodes: int = NODES, asked: Tensor | bool = True) -> Tensor:
     """Whether c_t(x') = c_s(x') on the ball, certified, where that is `asked` `(N,)`: `(N,)`. False says nothing."""
     low, high = roots[0].bounds[0]
-    teacher, student = (run(root.network, (low + high) / 2).argmax(1) for root in roots)
+    teacher, student = (root.network((low + high) / 2).argmax(1) for root in roots)
     holds = asked & (teacher == student)
     for root in roots:
         holds = keeps(root, teacher, holds, nodes)
@@ -32,15 +31,15 @@ def keeps(root: Root, label: Tensor, asked: Tensor, nodes: int = NODES) -> Tenso
 
     By branch and bound where that is `asked` `(N,)`: parts where i is least ahead are split, until `nodes` are made.
     """
-    tree = whole((root,)) | {"low": root.odds[0], "high": root.odds[1], "highest": root.highest}
+    tree = alone.plant(root)
     made, busy = torch.zeros(len(label), dtype=torch.long), asked
     while True:
-        tree = pick(tree, ~only(tree["highest"], label[tree["image"]]))
-        left = torch.bincount(tree["image"], minlength=len(label))
+        tree = tree[~only(tree.highest, label[tree.domains.image])]
+        left = torch.bincount(tree.domains.image, minlength=len(label))
         busy = busy & (left > 0) & (made < nodes)
         if not busy.any():
             return asked & (left == 0)
-        tree, image = apart.grow(root, tree, busy, torch.zeros_like(busy), label)
+        tree, image = alone.grow(root, tree, busy, torch.zeros_like(busy), label)
         fresh = torch.bincount(image, minlength=len(label))
         made, busy = made + fresh, busy & (fresh > 0)
 

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from faithkd.bounds import programs, solvers
-from faithkd.bounds.linear import BUDGET, Box, Lines, over_ball, pull, relax, widest
-from faithkd.bounds.network import Network, forward, windows
+from faithkd.bounds.graph import Network
+from faithkd.bounds.linear import BUDGET, Dual, over_ball, pull, widest
+from faithkd.bounds.operators import Box, Lines
 from faithkd.bounds.softmax import class_bounds, softmax_interval
 
 TOLERANCE = 1e-6  # a part this close to a value that is attained needs no cut: it moves a confidence by < 2.5e-7
 SMALL = 1e-3  # so that a gap counts also where the LP gains nothing from it
-Decisions = tuple[tuple[int, int, int], ...]  # output `unit` of layer k equals its lower piece: (k, unit, piece)
+Decisions = tuple[tuple[int, int, int], ...]  # output `unit` of node k equals its lower piece: (k, unit, piece)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Image:
 
     network: Network
     bounds: list[Box]
-    lines: list[Lines | None]
+    lines: list[Lines]
     form: programs.Canonical
     solve: solvers.Solve
 
@@ -46,7 +47,7 @@ class Part:
     decisions: Decisions
     multipliers: np.ndarray
     ray: np.ndarray | None = None
-    cut: tuple[int, int] | None = None  # layer and unit to decide next
+    cut: tuple[int, int] | None = None  # node and unit to decide next
 
 
 def opener(network: Network, name: str) -> Callable[[list[Box]], Image | None]:
@@ -60,14 +61,14 @@ def opener(network: Network, name: str) -> Callable[[list[Box]], Image | None]:
         if not all(bool(torch.isfinite(end).all()) for box in bounds for end in box):
             return None
         programs.set_image(program, bounds)
-        form = programs.canonical(network, program, chosen)
-        lines = [relax(layer, *bounds[k]) for k, layer in enumerate(network.layers)]
+        form = programs.canonical(program, chosen)
+        lines = [node.operator.relax(*(bounds[place] for place in node.inputs)) for node in network.nodes]
         return Image(network, bounds, lines, form, start(form))
 
     return open_image
 
 
-def climb(images: list[Image], highest: list[Tensor], nodes: int) -> tuple[list[Tensor], str]:
+def lowered(images: list[Image], highest: list[Tensor], nodes: int) -> tuple[list[Tensor], str]:
     """The largest z_j - z_i `(C, C)` of each network made smaller, and a note: all of one network, or of teacher and
     student those that can change eq. (11).
 
@@ -116,7 +117,7 @@ def maxima(image: Image, highest: Tensor, gaps: Tensor, wanted: Tensor, nodes: i
     pairs = (wanted & ~torch.eye(len(wanted), dtype=torch.bool)).nonzero()
     unit = torch.eye(len(wanted), dtype=torch.float64)
     rows = unit[pairs[:, 1]] - unit[pairs[:, 0]]
-    middle = reached(image, torch.cat(image.bounds[0]).mean(0, keepdim=True))
+    middle = image.network(torch.cat(image.bounds[0]).mean(0, keepdim=True))[0]
     leaves, owners, attained = [], [], rows @ middle
     for r, row in enumerate(rows):
         if highest[*pairs[r]] - attained[r] > TOLERANCE:
@@ -176,31 +177,23 @@ def visit(image: Image, row: Tensor, part: Part) -> tuple[Part, float]:
     value = float(row.numpy() @ answer.point[form.logits])
     cut = loosest(image, answer, part.decisions)
     x = torch.as_tensor(answer.point[form.image]).view(1, *image.network.shapes[0])
-    met = (row @ reached(image, x.clamp(*image.bounds[0]))).item()
+    met = (row @ image.network(x.clamp(*image.bounds[0]))[0]).item()
     return Part(-value, part.number, part.decisions, answer.multipliers, None, cut), met
 
 
 def loosest(image: Image, answer: solvers.Answer, decisions: Decisions) -> tuple[int, int] | None:
-    """The layer and unit whose line above costs the LP most at its best point, None if y equals a piece everywhere."""
+    """The node and unit whose line above costs the LP most at its best point, None if y equals a piece everywhere."""
     point = answer.point
     slack = image.form.right - image.form.matrix @ point
     best, where = 0.0, None
     for k, rows in image.form.pieces.items():
-        free = image.lines[k].free[0, 0]
-        free = free.flatten() if isinstance(image.network.layers[k], nn.ReLU) else free.any(1).flatten()
+        free = image.form.kinds[k].free(image.lines[k])
         gap = np.where(free.numpy(), np.where(rows >= 0, slack[rows], np.inf).min(1), 0.0)
         gap = np.where(gap > 1e-9, gap * (SMALL + answer.multipliers[image.form.above[k]].clip(min=0)), 0.0)
-        gap[[unit for layer, unit, _ in decisions if layer == k]] = 0.0
+        gap[[unit for node, unit, _ in decisions if node == k]] = 0.0
         if gap.max() > best:
             best, where = gap.max(), (k, int(gap.argmax()))
     return where
-
-
-def reached(image: Image, x: Tensor) -> Tensor:
-    """The network's logits `(C,)` at a point `(1, *shape)` of the ball."""
-    for layer in image.network.layers:
-        x = forward(layer, x)
-    return x[0]
 
 
 def certified(image: Image, rows: Tensor, parts: list[Part]) -> Tensor:
@@ -220,55 +213,19 @@ def evaluated(image: Image, rows: Tensor, parts: list[Part], multipliers: list[n
     found = []
     for some in torch.arange(len(parts)).split(max(1, BUDGET // (4 * widest(image.network)))):
         decisions = [parts[b].decisions for b in some]
-        shares = programs.shares(image.network, image.form, np.stack([multipliers[b] for b in some]))
+        shares = image.form.shares(np.stack([multipliers[b] for b in some]))
         lines = [decided(image, k, decisions) for k in range(len(image.lines))]
-        slopes, push = {}, {}
-        for k, share in shares.items():
-            slopes[k], push[k] = (part.unsqueeze(1) for part in below(image, k, lines[k], share))
-        form = pull(image.network, lines, rows[some].unsqueeze(1), slopes=slopes, push=push)
+        duals = {k: image.form.kinds[k].dual(lines[k], share) for k, share in shares.items()}
+        slopes, push = ({k: both[side].unsqueeze(1) for k, both in duals.items()} for side in (0, 1))
+        form = pull(image.network, lines, rows[some].unsqueeze(1), dual=Dual(slopes, push))
         found.append(over_ball(*form, *image.bounds[0])[:, 0])
     return torch.cat(found)
 
 
-def decided(image: Image, k: int, decisions: list[Decisions]) -> Lines | None:
-    """Lines of layer k on each part: those of the whole ball, and the chosen piece alone where it is decided."""
-    line = image.lines[k]
-    mine = [(b, unit, piece) for b, part in enumerate(decisions) for layer, unit, piece in part if layer == k]
+def decided(image: Image, k: int, decisions: list[Decisions]) -> Lines:
+    """Lines of node k on each part: those of the whole ball, and the chosen piece alone where it is decided."""
+    mine = [(b, unit, piece) for b, part in enumerate(decisions) for node, unit, piece in part if node == k]
     if not mine:
-        return line
-    part, unit, piece = torch.tensor(mine).unbind(1)
-    if isinstance(image.network.layers[k], nn.ReLU):
-        low, high = (end.repeat(len(decisions), *[1] * (end.ndim - 1)) for end in image.bounds[k])
-        low.flatten(1)[part[piece == 1], unit[piece == 1]] = 0.0
-        high.flatten(1)[part[piece == 0], unit[piece == 0]] = 0.0
-        return relax(image.network.layers[k], low, high)
-    noise, shift, above, under, free = (
-        part_.repeat(len(decisions), *[1] * (part_.ndim - 1)) for part_ in vars(line).values()
-    )
-    channel, place = unit // above.shape[4], unit % above.shape[4]
-    for weights, value in ((above, 1.0), (under, 1.0), (free, False)):
-        weights[part, 0, channel, :, place] = 0
-        if value:
-            weights[part, 0, channel, piece, place] = value
-    shift[part, 0, channel, place] = noise[part, 0, channel, place]
-    return Lines(noise, shift, above, under, free)
-
-
-def below(image: Image, k: int, line: Lines, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Slopes of layer k's free units and, for all others, what is added to the row on its input, `(B, ...)` twice.
-
-    What is added is >= 0 on the part: z >= 0 where a ReLU is on, -z >= 0 where it is off, and z_p - z_q >= 0 where p is
-    the largest input of a window; times the multipliers `share` of the pieces that do not hold.
-    """
-    free, above = line.free[:, 0], line.above[:, 0]
-    usable = share.nan_to_num(0.0)
-    if isinstance(image.network.layers[k], nn.ReLU):
-        zero, identity = usable.unbind(1)
-        return share[:, 1] / share.sum(1), torch.where(free, 0.0, torch.where(above > 0, zero, -identity))
-    shape = image.network.shapes[k]
-    spread = (above > 0) * usable.sum(2, keepdim=True) - usable
-    spread = torch.where(free.any(2, keepdim=True), 0.0, spread)
-    places = windows(image.network.layers[k], shape).clamp(min=0).flatten()
-    flat = torch.zeros(*spread.shape[:2], shape[1] * shape[2], dtype=torch.float64)
-    flat = flat.scatter_add(2, places.expand(*spread.shape[:2], -1), spread.flatten(2))
-    return share, flat.unflatten(2, shape[1:])
+        return image.lines[k]
+    box, chosen = image.bounds[image.network.place(k)], torch.tensor(mine).unbind(1)
+    return image.form.kinds[k].decided(image.lines[k], box, chosen, len(decisions))

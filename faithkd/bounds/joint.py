@@ -12,54 +12,89 @@ where chord_j is above exp on a certified range of z_j - z_r in L, and [a, b] ho
 logits of both networks, carried back through both, added on x and maximised over the ball once. All of w, s, k, k', the
 slopes below unsettled ReLUs and the multipliers of constraints are free: they are found by descent, and every value is
 valid. With k = k' = 0 this is eq. (11), in which the two networks may see different images.
-
-A table of rows is a dictionary of columns, one entry per row:
-    domain, order (0: U is the teacher), label (i), ref (r), value (the bound so far)
-    range `(B, 4)`: a_U, b_U, a_L, b_L;   near `(B, 2, C)`: range of z_j - z_r in L
-    w `(B, C)` (log-weights), k `(B, 2)` (ln k, ln k'), s `(B,)`, cut `(B, C)` (multipliers of `near`)
-    slope.q.k and push.q.k `(B, *shape)`: of ReLU layer k of network q (0: teacher): its lower slopes, and
-    the multipliers of the phases that a branch has fixed; most of a table, so in float32
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faithkd.bounds.linear import Adam, Box, Lines, keep_better, over_ball, pull
-from faithkd.bounds.network import Network, single
+from faithkd.bounds.descent import Range, minimise
+from faithkd.bounds.domains import ROUNDING, Domain, Root, Table, ball_of, lines_of, logit_size, mapped
+from faithkd.bounds.graph import Network
+from faithkd.bounds.linear import Dual, Slopes, over_ball, pull
+from faithkd.bounds.operators import Box, Lines
 
-Table = dict[str, Tensor]
-RATES = {"w": 0.25, "k": 0.25, "s": 0.25, "cut": 0.05, "slope": 0.25, "push": 0.05}
+RANGES = {  # of all that is free
+    "w": Range(0.25),
+    "k": Range(0.25, -12, 2),  # neither 0 nor huge
+    "s": Range(0.25),
+    "cut": Range(0.05),
+    "slopes": Range(0.25, 0, 1),
+    "push": Range(0.05, 0),
+}
 FALL = 0.9
-ROUNDING = 2.0**-44  # hundreds of times what the few operations on a row's coefficients can be off by
 
 
-def pick(table: Table, index: Tensor) -> Table:
-    """The entries of a table at `index`, a mask or numbers."""
-    return {name: column[index] for name, column in table.items()}
+@dataclass(frozen=True)
+class Row(Table):
+    """Rows, each in one domain: order (0: U is the teacher), label (i), ref (r), value (the bound so far).
 
+    `range` `(B, 4)`: a_U, b_U, a_L, b_L; `near` `(B, 2, C)`: range of z_j - z_r in L. What is free: `w` `(B, C)` (log-
+    weights), `k` `(B, 2)` (ln k, ln k'), `s` `(B,)`, `cut` `(B, C)` (multipliers of `near`), and by network q and ReLU
+    node k `slopes[q][k]` and `push[q][k]` `(B, *shape)`: its lower slopes, and the multipliers of the phases that a
+    branch has fixed; most of a table, so in float32.
+    """
 
-def join(*tables: Table) -> Table:
-    """Tables one below the other."""
-    return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+    domain: Tensor
+    order: Tensor
+    label: Tensor
+    ref: Tensor
+    range: Tensor
+    near: Tensor
+    w: Tensor
+    k: Tensor
+    s: Tensor
+    cut: Tensor
+    value: Tensor
+    slopes: dict[int, Slopes]
+    push: dict[int, Slopes]
 
+    @property
+    def first(self) -> Tensor:
+        """Whether U is the teacher, `(B, 1)`."""
+        return (self.order == 0)[:, None]
 
-def log_odds(logits: Tensor, label: Tensor) -> Tensor:
-    """m = z_i - LSE_{j != i} z_j for the class i = `label` of each row of logits `(B, C)`."""
-    own = F.one_hot(label, logits.shape[1]).bool()
-    return logits.gather(1, label[:, None])[:, 0] - logits.masked_fill(own, -math.inf).logsumexp(1)
+    def sorted(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+        """What is given for teacher and student, `(B, ...)` each, as that of U and that of L."""
+        first = self.first.view(-1, *[1] * (teacher.ndim - 1))
+        return torch.where(first, teacher, student), torch.where(first, student, teacher)
 
+    def free(self) -> dict[tuple, Tensor]:
+        """All that is free, by kind, or by kind, network and node."""
+        deep = ((kind, q, k) for kind in ("slopes", "push") for q, parts in getattr(self, kind).items() for k in parts)
+        parts = {(kind,): getattr(self, kind) for kind in ("w", "k", "s", "cut")}
+        return parts | {(kind, q, k): getattr(self, kind)[q][k] for kind, q, k in deep}
 
-def log_odds_range(highest: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Range of m for class i from the largest z_j - z_i, `(B, C, C)` at (i, j): two `(B,)`, rounded outwards."""
-    here = torch.arange(len(label))
-    own = F.one_hot(label, highest.shape[1]).bool()
-    up, down = highest[here, label], highest[here, :, label]  # z_j - z_i <= up, z_i - z_j <= down
-    low = -up.masked_fill(own, -math.inf).logsumexp(1)
-    high = -(-down).masked_fill(own, -math.inf).logsumexp(1)
-    return low - ROUNDING * (1 + low.abs()), high + ROUNDING * (1 + high.abs())
+    def having(self, free: dict[tuple, Tensor]) -> "Row":
+        """The rows with other entries of `free`."""
+        columns = {"slopes": {q: {} for q in self.slopes}, "push": {q: {} for q in self.push}}
+        for (kind, *place), part in free.items():
+            if place:
+                columns[kind][place[0]][place[1]] = part
+            else:
+                columns[kind] = part
+        return replace(self, **columns)
+
+    def apart(self) -> Tensor:
+        """sig(b_U) - sig(a_L): the bound of a row from its ranges alone, eq. (11)."""
+        return (torch.sigmoid(self.range[:, 1]) - torch.sigmoid(self.range[:, 2]) + 2.0**-50).clamp(0, 1)
+
+    def capped(self) -> "Row":
+        """The rows with values no larger than `apart`."""
+        return replace(self, value=torch.minimum(self.value, self.apart()))
 
 
 def near_range(highest: Tensor, ref: Tensor) -> Tensor:
@@ -90,155 +125,124 @@ def tangent(k: Tensor, low: Tensor, high: Tensor, sign: int) -> Tensor:
     return values.amax(0) if sign > 0 else values.amin(0)
 
 
-def weights(rows: Table) -> tuple[Tensor, Tensor]:
+def weights(rows: Row) -> tuple[Tensor, Tensor]:
     """w and its entropy H(w): `(B, C)` with 0 at the row's own class, and `(B,)`."""
-    own = F.one_hot(rows["label"], rows["w"].shape[1]).bool()
-    logs = rows["w"].masked_fill(own, -math.inf).log_softmax(1)
+    own = F.one_hot(rows.label, rows.w.shape[1]).bool()
+    logs = rows.w.masked_fill(own, -math.inf).log_softmax(1)
     return logs.exp(), -(logs.exp() * logs.masked_fill(own, 0.0)).sum(1)
 
 
-def forms(rows: Table, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forms(rows: Row, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The row as linear forms on the teacher's and the student's logits, two `(B, C)`, and a constant `(B,)`.
 
     `size` `(B,)`: no logit of either network is larger; the rounding of all that happens here is in the constant.
     """
-    classes = rows["w"].shape[1]
-    k_upper, k_lower = rows["k"].exp().unbind(1)
-    own, ref = (F.one_hot(rows[name], classes).to(rows["w"]) for name in ("label", "ref"))
+    classes = rows.w.shape[1]
+    k_upper, k_lower = rows.k.exp().unbind(1)
+    own, ref = (F.one_hot(which, classes).to(rows.w) for which in (rows.label, rows.ref))
     w, entropy = weights(rows)
     upper = k_upper[:, None] * (own - w)
-    slope, shift = (part * (-rows["s"]).exp()[:, None] for part in chords(rows["near"], rows["label"], rows["ref"]))
+    slope, shift = (part * (-rows.s).exp()[:, None] for part in chords(rows.near, rows.label, rows.ref))
     lower = k_lower[:, None] * (ref - own + slope - ref * slope.sum(1, keepdim=True))
     # what is >= 0 on the domain may be added: c (high - d) or c (d - low) for d = z_j - z_r in [low, high] and c >= 0
-    cut = rows["cut"] * rows["k"].exp().mean(1, keepdim=True)
+    cut = rows.cut * rows.k.exp().mean(1, keepdim=True)
     lower = lower - cut + ref * cut.sum(1, keepdim=True)
-    constant = torch.maximum(cut * rows["near"][:, 0], cut * rows["near"][:, 1]).sum(1)
-    constant = constant - k_upper * entropy + k_lower * (shift.sum(1) + rows["s"] - 1)
-    a_upper, b_upper, a_lower, b_lower = rows["range"].unbind(1)
+    constant = torch.maximum(cut * rows.near[:, 0], cut * rows.near[:, 1]).sum(1)
+    constant = constant - k_upper * entropy + k_lower * (shift.sum(1) + rows.s - 1)
+    a_upper, b_upper, a_lower, b_lower = rows.range.unbind(1)
     constant = constant + tangent(k_upper, a_upper, b_upper, 1) - tangent(k_lower, a_lower, b_lower, -1)
     terms = upper.abs().sum(1) + lower.abs().sum(1) + k_upper + k_lower * (1 + shift.sum(1)) + cut.abs().sum(1)
-    constant = constant + ROUNDING * (1 + terms) * (1 + size + rows["s"].abs() + rows["near"].abs().amax((1, 2)))
-    first = (rows["order"] == 0)[:, None]
-    return torch.where(first, upper, lower), torch.where(first, lower, upper), constant
+    constant = constant + ROUNDING * (1 + terms) * (1 + size + rows.s.abs() + rows.near.abs().amax((1, 2)))
+    return *rows.sorted(upper, lower), constant
 
 
-def layers_of(rows: Table, kind: str, q: int) -> dict[int, Tensor]:
-    """The columns `kind`.q.k of a table by layer k, `(B, 1, *shape)`."""
-    found = {}
-    for name, column in rows.items():
-        what, _, place = name.partition(".")
-        if what == kind and place.startswith(f"{q}."):
-            found[int(place.partition(".")[2])] = column.unsqueeze(1)
-    return found
+def dual(rows: Row, domains: Domain, q: int) -> Dual:
+    """The slopes of network q, and what fixed phases add to its rows: a multiplier times z >= 0 or times -z >= 0.
 
-
-def pushes(rows: Table, phases: Table, q: int) -> dict[int, Tensor]:
-    """What the fixed phases of network q add to its rows: multiplier times z >= 0, or times -z where z <= 0."""
-    found = layers_of(rows, "push", q)
-    if not found:
-        return {}
-    scale = rows["k"].exp().mean(1)  # multipliers are kept relative to the size of the row
-    signs = layers_of(phases, "phase", q)
-    return {k: push * signs[k] * scale.view(-1, *[1] * (push.ndim - 1)) for k, push in found.items()}
-
-
-def bound(
-    pair: tuple[Network, Network],
-    lines: tuple[list[Lines], ...],
-    box: Box,
-    rows: Table,
-    phases: Table,
-    size: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Upper bound of each row, `(B,)`, and its linear form on x, `(B, *image)`. All arguments are per row."""
-    *logit_rows, constant = forms(rows, size)
-    form, total = 0.0, constant[:, None]
-    for q, (network, line, row) in enumerate(zip(pair, lines, logit_rows, strict=True)):
-        pulled, shift = pull(
-            network, line, row.unsqueeze(1), slopes=layers_of(rows, "slope", q), push=pushes(rows, phases, q)
-        )
-        form, total = form + pulled, total + shift
-    return over_ball(form, total, *box)[:, 0], form[:, 0].detach()
-
-
-def separate(rows: Table) -> Tensor:
-    """sig(b_U) - sig(a_L): the bound of a row from its ranges alone, eq. (11)."""
-    return (torch.sigmoid(rows["range"][:, 1]) - torch.sigmoid(rows["range"][:, 2]) + 2.0**-50).clamp(0, 1)
-
-
-def tighten(
-    pair: tuple[Network, Network],
-    lines: tuple[list[Lines], ...],
-    box: Box,
-    rows: Table,
-    phases: Table,
-    size: Tensor,
-    steps: int,
-) -> Table:
-    """The rows with the smallest bound met on `steps` of descent over all that is free, and the point that attains it.
-
-    The new column `x` holds the corner of the ball at which the row's linear form is largest.
+    `domains`: that of each row.
     """
-    free = {name: column.float() for name, column in rows.items() if name.partition(".")[0] in RATES}
-    rough = {name: column.float() if column.is_floating_point() else column for name, column in rows.items()}
-    rough_phases = {name: column.float() for name, column in phases.items() if name.startswith("phase")}
-    rough_pair = tuple(single(network) for network in pair)
-    rough_lines = tuple([None if line is None else line.rough() for line in part] for part in lines)
-    rough_box = tuple(end.float() for end in box)
-    value = torch.full(rows["value"].shape, math.inf)
-    kept = {name: column.clone() for name, column in free.items()}
-    adam = Adam(list(free.values()))
-    for step in range(steps + 1):
-        for part in free.values():
-            part.requires_grad_(step < steps)
-        with torch.enable_grad():
-            found, _ = bound(rough_pair, rough_lines, rough_box, rough | free, rough_phases, size.float())
-            if step < steps:
-                gradients = torch.autograd.grad(found[found.isfinite()].sum(), list(free.values()))
-        value = keep_better(value, found.detach(), kept, free)
-        if step < steps:
-            rates = [RATES[name.partition(".")[0]] * FALL**step for name in free]
-            adam.step([part.nan_to_num(0.0) for part in gradients], rates)
-            project(free)
-    exact = rows | {name: part.double() for name, part in kept.items()}
-    value, form = bound(pair, lines, box, exact, phases, size)
-    rows = rows | {name: part.to(rows[name]) for name, part in kept.items()}
-    return rows | {"value": torch.minimum(value, rows["value"]), "x": torch.where(form > 0, box[1], box[0])}
+    scale = rows.k.exp().mean(1)  # multipliers are kept relative to the size of the row
+    push = {
+        k: part.unsqueeze(1) * domains.phases[q][k].unsqueeze(1) * scale.view(-1, *[1] * part.ndim)
+        for k, part in rows.push[q].items()
+    }
+    return Dual({k: part.unsqueeze(1) for k, part in rows.slopes[q].items()}, push)
 
 
-def project(free: Table) -> None:
-    """Back to what is allowed, in place: slopes in [0, 1], multipliers of phases >= 0, k neither 0 nor huge."""
-    for name, part in free.items():
-        kind = name.partition(".")[0]
-        part.detach_()
-        if kind == "slope":
-            part.clamp_(0, 1)
-        elif kind == "push":
-            part.clamp_(min=0)
-        elif kind == "k":
-            part.clamp_(-12, 2)
+@dataclass(frozen=True)
+class Setting:
+    """Where rows live, one entry for each row: the networks, their lines, the input boxes and the size of logits."""
+
+    pair: tuple[Network, Network]
+    lines: tuple[list[Lines], ...]
+    domains: Domain
+    box: Box
+    size: Tensor
+
+    def rough(self) -> "Setting":
+        """The same in float32."""
+        phases = {q: {k: part.float() for k, part in parts.items()} for q, parts in self.domains.phases.items()}
+        return Setting(
+            tuple(network.single for network in self.pair),
+            tuple([line.rough() for line in lines] for lines in self.lines),
+            replace(self.domains, phases=phases),
+            tuple(end.float() for end in self.box),
+            self.size.float(),
+        )
 
 
-def all_rows(highest: tuple[Tensor, Tensor], odds: tuple[Box, Box], logits: tuple[Tensor, Tensor]) -> Table:
-    """The 2C rows of each image before any descent: from the certified differences `(N, C, C)` of both networks and the
-    ranges of all their log-odds, `(N, C)` twice.
+def setting(roots: tuple[Root, Root], domains: Domain) -> Setting:
+    """The setting of rows in these domains, one for each."""
+    pair, lines = tuple(root.network for root in roots), tuple(lines_of(root, domains) for root in roots)
+    return Setting(pair, lines, domains, ball_of(roots[0], domains), logit_size(roots, domains.image))
 
-    `logits` `(N, C)`: at the middle of the ball, where the first tangents touch. `branch` adds the columns of slopes.
+
+def bound(at: Setting, rows: Row) -> tuple[Tensor, Tensor]:
+    """Upper bound of each row, `(B,)`, and its linear form on x, `(B, *image)`."""
+    *logit_rows, constant = forms(rows, at.size)
+    form, total = 0.0, constant[:, None]
+    for q, (network, lines, row) in enumerate(zip(at.pair, at.lines, logit_rows, strict=True)):
+        pulled, shift = pull(network, lines, row.unsqueeze(1), dual=dual(rows, at.domains, q))
+        form, total = form + pulled, total + shift
+    return over_ball(form, total, *at.box)[:, 0], form[:, 0].detach()
+
+
+def tighten(roots: tuple[Root, Root], domains: Domain, rows: Row, steps: int) -> tuple[Row, Tensor]:
+    """The rows with the smallest bound met on `steps` of descent over all that is free, and the points that attain it.
+
+    Such a point is the corner of the ball at which the row's linear form is largest. `domains`: those that rows name.
+    """
+    at = setting(roots, domains[rows.domain])
+    now = {name: part.float() for name, part in rows.free().items()}
+    rough, rough_rows = at.rough(), mapped(lambda part: part.float() if part.is_floating_point() else part, rows)
+
+    ranges = {name: RANGES[name[0]] for name in now}
+    kept = minimise(lambda free: bound(rough, rough_rows.having(free))[0], now, steps, ranges, FALL)
+    value, form = bound(at, rows.having({name: part.double() for name, part in kept.items()}))
+    before = rows.free()
+    rows = rows.having({name: part.to(before[name]) for name, part in kept.items()})
+    rows = replace(rows, value=torch.minimum(value, rows.value)).capped()
+    return rows, torch.where(form > 0, at.box[1], at.box[0])
+
+
+def all_rows(roots: tuple[Root, Root], logits: tuple[Tensor, Tensor]) -> Row:
+    """The 2C rows of each image before any descent: from what is known of both networks on its whole ball.
+
+    `logits` `(N, C)`: at the middle of the ball, where the first tangents touch.
     """
     images, classes = logits[0].shape
     image, order, label = torch.cartesian_prod(*(torch.arange(size) for size in (images, 2, classes))).unbind(1)
-    first = (order == 0)[:, None]
-    at_upper, at_lower = (torch.where(first, logits[q][image], logits[1 - q][image]) for q in (0, 1))
-    first = first.unsqueeze(2)
-    of_lower = torch.where(first, highest[1][image], highest[0][image])
+    nothing = torch.zeros(len(image), dtype=torch.float64)
+    slopes = {root.q: {k: root.lines[k].below[image, 0].float() for k in root.network.splits} for root in roots}
+    push = mapped(torch.zeros_like, slopes)
+    rows = Row(image, order, label, label, *[nothing] * 7, slopes, push)
+    at_upper, at_lower = rows.sorted(*(part[image] for part in logits))
     ref = at_lower.masked_fill(F.one_hot(label, classes).bool(), -math.inf).argmax(1)
-    teacher, student = (torch.stack([end[image, label] for end in ends], 1) for ends in odds)
-    first = first[:, :, 0]
-    ranges = torch.cat([torch.where(first, teacher, student), torch.where(first, student, teacher)], 1)
-    rows = {"domain": image, "order": order, "label": label, "ref": ref, "range": ranges}
-    rows |= {"near": near_range(of_lower, ref), "w": at_upper, "k": secants(ranges).log()}
-    rows |= {"s": middle_sum(rows).log(), "cut": torch.zeros_like(at_upper)}
-    return rows | {"value": separate(rows)}
+    ranges = torch.cat(rows.sorted(*(torch.stack([end[image, label] for end in root.odds], 1) for root in roots)), 1)
+    near = near_range(rows.sorted(*(root.highest[image] for root in roots))[1], ref)
+    rows = replace(rows, ref=ref, range=ranges, near=near, w=at_upper, k=secants(ranges).log())
+    rows = replace(rows, s=middle_sum(rows).log(), cut=torch.zeros_like(at_upper))
+    return replace(rows, value=rows.apart())
 
 
 def secants(ranges: Tensor) -> Tensor:
@@ -248,7 +252,7 @@ def secants(ranges: Tensor) -> Tensor:
     return (rise / (high - low).clamp(min=1e-6)).nan_to_num(0.0).clamp(1e-4, 0.25)
 
 
-def middle_sum(rows: Table) -> Tensor:
+def middle_sum(rows: Row) -> Tensor:
     """The sum of chords in the middle of their ranges: e^s starts there."""
-    slope, shift = chords(rows["near"], rows["label"], rows["ref"])
-    return (slope * rows["near"].mean(1) + shift).sum(1).nan_to_num(1.0).clamp(1e-3, 1e30)
+    slope, shift = chords(rows.near, rows.label, rows.ref)
+    return (slope * rows.near.mean(1) + shift).sum(1).nan_to_num(1.0).clamp(1e-3, 1e30)

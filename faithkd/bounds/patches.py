@@ -3,7 +3,7 @@
 A pooled value sees a small patch of the image, its neighbour the next one, and only a few pixels at their edges are
 shared. So one matrix product turns coefficients of the convolution's outputs, window by window, into coefficients of
 pixels, patch by patch; those of shared pixels are added up, and the maximum over the ball is |coefficients| . radius.
-That is what `pull` and `over_ball` do with a transposed convolution and whole images, in half the time.
+That is what `linear.pull` and `linear.over_ball` do with a transposed convolution and whole images, in half the time.
 
 Here the row comes last, `(N, ..., R)`, not second: then every step works on long pieces of memory.
 """
@@ -13,10 +13,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from faithkd.bounds.network import Network, padding, transpose
+from faithkd.bounds.graph import Network
+from faithkd.bounds.operators import TINY, Box, Conv2d, Lines, MaxPool2d, gamma, largest, pair
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,24 @@ class Patches:
 @functools.lru_cache(maxsize=32)
 def patches(network: Network) -> Patches | None:
     """The patches of a network that begins with a convolution and a max-pool; None where they would not pay or suit."""
-    if len(network.layers) < 2 or not isinstance(network.layers[0], nn.Conv2d):
+    readers = [place for node in network.nodes for place in node.inputs]
+    if len(network.nodes) < 2 or (readers.count(0), readers.count(1)) != (1, 1):
         return None
-    conv, pool = network.layers[:2]
-    if not isinstance(pool, nn.MaxPool2d):
+    conv, pool = (node.operator for node in network.nodes[:2])
+    if not isinstance(conv, Conv2d) or not isinstance(pool, MaxPool2d):
         return None
-    plain = [_pair(pool.padding) == (0, 0), _pair(pool.dilation) == _pair(conv.dilation) == (1, 1), conv.groups == 1]
-    if not all(plain) or any(padding(conv)):
+    plain = [pair(pool.padding) == (0, 0), pair(pool.dilation) == conv.dilation == (1, 1), conv.groups == 1]
+    if not all(plain) or any(conv.padding):
         return None
-    window, kernel, stride = _pair(pool.kernel_size), conv.kernel_size, conv.stride
+    window, stride, (channels, colours, *kernel) = pair(pool.kernel_size), conv.stride, conv.weight.shape
     size = tuple(s * (w - 1) + k for s, w, k in zip(stride, window, kernel, strict=True))
-    step = tuple(s * t for s, t in zip(stride, _pair(pool.stride), strict=True))
+    step = tuple(s * t for s, t in zip(stride, pair(pool.stride), strict=True))
     shared = tuple(max(0, s - t) for s, t in zip(size, step, strict=True))
     if any(2 * part > s for part, s in zip(shared, size, strict=True)):
         return None  # pixels in more than two patches down or across
-    units = torch.eye(conv.out_channels * math.prod(window), dtype=conv.weight.dtype)
-    matrix = transpose(conv, units.view(-1, conv.out_channels, *window), (conv.in_channels, *size)).flatten(1).T
+    units = torch.eye(channels * math.prod(window), dtype=conv.weight.dtype, device=conv.weight.device)
+    matrix = conv.back(units.view(-1, channels, *window), (colours, *size)).flatten(1).T
     return Patches(matrix.contiguous(), size, step, network.shapes[2][1:], shared)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def cut(patches: Patches, images: Tensor) -> Tensor:
@@ -77,6 +75,34 @@ def maximum(patches: Patches, coefficients: Tensor, at_middle: Tensor, radius: T
     `radius` `(N, pixels, places)`: the ball's, as `cut` gives it. No rounding is accounted for here: see `terms`.
     """
     return _Maximum.apply(coefficients, at_middle, radius, patches)
+
+
+def over_ball(network: Network, line: Lines, box: Box, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Certified maximum over the ball of rows on the first max-pool's output: `(N, R, *shapes[2])` to `(N, R)`.
+
+    `linear.pull` through two nodes and `linear.over_ball` in one. `line`: the pool's; `weights`: its slopes.
+    """
+    pieces, (conv, pool) = patches(network), (node.operator for node in network.nodes[:2])
+    lower, upper = box
+    middle = (lower + upper) / 2
+    radius = torch.maximum(upper - middle, middle - lower)
+    places = pool.windows(network.shapes[1]).to(middle.device)
+    at_middle = conv(middle).flatten(2)[:, :, places]
+    columns = rows.flatten(3).permute(0, 2, 3, 1).contiguous()  # `(N, channels, places, R)`
+    positive = columns.clamp(min=0)
+    negative = columns - positive
+    below = line.below[:, 0].unsqueeze(-1) if weights is None else pool.allowed(weights, line).permute(0, 2, 3, 4, 1)
+    spread = positive.unsqueeze(2) * line.above[:, 0].unsqueeze(-1)
+    spread = torch.addcmul(spread, negative.unsqueeze(2), below)
+    value = maximum(pieces, spread, at_middle, cut(pieces, radius))
+    up, down = line.high[:, 0], None if line.noise is None else line.noise[:, 0]
+    if down is not None:
+        # the coefficients in a window add up to no more than the row's there, so its largest noise covers them all
+        noise = gamma(terms(pieces)) * conv.absolute(largest(lower, upper)).flatten(2)[:, :, places].amax(2)
+        up, down = up + noise, down + noise
+        value = value - (down.flatten(1).unsqueeze(1) @ negative.flatten(1, 2)).squeeze(1)
+        value = value + TINY * down.flatten(1).sum(1, keepdim=True)
+    return value + (up.flatten(1).unsqueeze(1) @ positive.flatten(1, 2)).squeeze(1)
 
 
 class _Maximum(torch.autograd.Function):

@@ -1,0 +1,158 @@
+"""What a caller brings, checked in one place: attacks, evaluation and bounds refuse the same in the same words."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor, nn
+
+from faithkd.errors import FaithkdError
+
+ROOM = 1e-5  # images are made in float32, so their values may lie a few of its roundings outside `clip`
+
+
+def number(name: str, value, least: float = 0.0) -> float:
+    """One finite number from `least` on, given as a number or as a tensor or array with one element."""
+    try:
+        given = value.item() if math.prod(getattr(value, "shape", (0,))) == 1 else value
+        if isinstance(given, Real) and not isinstance(given, bool) and least <= (found := float(given)) < math.inf:
+            return found
+    except (OverflowError, RuntimeError):  # beyond all floats; a tensor without values
+        pass
+    raise FaithkdError(f"{name} must be one finite number >= {least:g}, not {value!r}")
+
+
+def radius(eps) -> float:
+    """The radius ε of the ball of Def. 2."""
+    return number("eps", eps)
+
+
+def whole(name: str, value, least: int = 1, below: int | None = None) -> int:
+    """A whole number from `least` on."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (below and value >= below):
+        end = f" and < {below}" if below else ""
+        raise FaithkdError(f"{name} must be a whole number >= {least}{end}, not {value!r}")
+    return int(value)
+
+
+def random_seed(value) -> int:
+    """A seed as torch takes it, of 64 bits."""
+    return whole("seed", value, 0, 2**64)
+
+
+def choice(what: str, given: str, known: Iterable[str]) -> None:
+    """Refuse an unknown name with the nearest known one."""
+    if not isinstance(given, str) or given not in known:
+        near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
+        meant = f"; did you mean {near[0]!r}?" if near else ""
+        raise FaithkdError(f"unknown {what} {given!r}: choose one of {', '.join(known)}{meant}")
+
+
+def images(x: Tensor) -> Tensor:
+    """A batch of images `(N, *shape)` as the caller has it, all finite, without a history of gradients.
+
+    Whole numbers become floating-point ones, in float32 where that holds them exactly.
+    """
+    if not isinstance(x, Tensor) or x.is_complex():
+        raise FaithkdError(f"x must be a real torch.Tensor of shape (N, *image), not {_kind(x)}")
+    if x.ndim < 2:
+        raise FaithkdError(f"x has shape {tuple(x.shape)}; give a batch (N, *image), for one image x[None]")
+    if x.layout != torch.strided or x.is_quantized or x.is_meta:
+        raise FaithkdError(f"x must be a dense tensor of numbers that are there, not {_kind(x)}")
+    x = x.detach()
+    if not x.is_floating_point():
+        rough = x.float()
+        x = rough if (rough.double() == x.double()).all() else x.double()
+    if not (finite := torch.isfinite(x)).all():
+        raise FaithkdError(f"x holds NaN or infinity, first in image {int((~finite).flatten(1).any(1).nonzero()[0])}")
+    return x
+
+
+def clip_range(clip, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends of `clip` = (low, high) in float64, each like `x`; infinite where `clip` is None.
+
+    Numbers or tensors that broadcast to `x`. An image that leaves the range by more than rounding is an error.
+    """
+    try:
+        low, high = (
+            torch.as_tensor(end, dtype=torch.float64, device=x.device).detach().broadcast_to(x.shape)
+            for end in ((-math.inf, math.inf) if clip is None else clip)
+        )
+    except (RuntimeError, TypeError, ValueError) as problem:
+        raise FaithkdError(f"clip must be (low, high), each broadcastable to x of shape {tuple(x.shape)}") from problem
+    value, room = x.double(), ROOM * (1 + x.double().abs())
+    if not ((low - room <= value) & (value <= high + room)).all():
+        raise FaithkdError("x lies outside clip=(low, high), or clip holds NaN; are both in the networks' input space?")
+    return low, high
+
+
+def labels(y, count: int, classes: int) -> Tensor:
+    """Labels `(N,)` in int64, from whole numbers of any type, `(N,)`, `(N, 1)` or one-hot `(N, C)`."""
+    try:
+        given = torch.as_tensor(y).detach()
+        values = given.double()
+    except (RuntimeError, TypeError, ValueError) as problem:
+        raise FaithkdError(f"y must be a tensor of {count} labels, not {type(y).__name__}") from problem
+    if values.shape == (count, 1):
+        values = values[:, 0]
+    elif values.shape == (count, classes) and ((values == 0) | (values == 1)).all() and (values.sum(1) == 1).all():
+        values = values.argmax(1).double()
+    if values.shape != (count,) or given.is_complex():
+        raise FaithkdError(
+            f"y must hold one label for each of {count} images, ({count},), ({count}, 1) or one-hot "
+            f"({count}, {classes}), not {_kind(given)}"
+        )
+    if (wrong := ~((values >= 0) & (values < classes) & (values == values.floor()))).any():
+        raise FaithkdError(f"y must hold whole numbers from 0 to {classes - 1}, the classes, not {values[wrong][0]:g}")
+    return values.long()
+
+
+def weights(module: nn.Module, where: str) -> None:
+    """Refuse weights of one layer that are no finite real numbers, or are not there."""
+    for kind, weight in module.named_parameters(recurse=False):
+        if nn.parameter.is_lazy(weight) or weight.is_meta:
+            raise FaithkdError(f"{where}: the {kind} has no values yet (lazy or on the meta device); load or make them")
+        if not weight.is_floating_point():
+            raise FaithkdError(f"{where}: the {kind} is of type {weight.dtype}, not a real floating-point number")
+        if weight.layout != torch.strided:
+            raise FaithkdError(f"{where}: the {kind} is sparse ({weight.layout}); make it dense, weight.to_dense()")
+        if not torch.isfinite(weight).all():
+            raise FaithkdError(f"{where}: the {kind} holds NaN or infinity; train or load the network again")
+
+
+def network(module: nn.Module, name: str) -> None:
+    """Refuse what is no module with finite weights; whether it returns logits, `class_count` sees."""
+    if not isinstance(module, nn.Module):
+        raise FaithkdError(f"{name} must be a torch.nn.Module that returns logits (N, C), not {_kind(module)}")
+    for position, part in module.named_modules():
+        weights(part, f"{name}, layer {position}" if position else name)
+
+
+def class_count(logits, x: Tensor, name: str) -> int:
+    """The number of classes C in what a network returns for the images `x`."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        returned = ("N", *logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+        raise FaithkdError(
+            f"{name} returns {returned} for images of shape {tuple(x.shape[1:])}; "
+            "needed are logits of shape (N, C) with C >= 2 classes"
+        )
+    if (nothing := logits.softmax(1).isnan().any(1)).any():
+        first = int(nothing.nonzero()[0])
+        raise FaithkdError(f"{name} returns logits that are NaN or infinite, first for image {first}")
+    return logits.shape[1]
+
+
+def same_classes(teacher: int, student: int) -> None:
+    """Refuse a pair that does not choose among the same classes."""
+    if teacher != student:
+        raise FaithkdError(f"the teacher has {teacher} classes and the student {student}; they must agree")
+
+
+def _kind(value) -> str:
+    """What a value is, for a message."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    layout = "" if value.layout == torch.strided else f", {value.layout}"
+    return f"a tensor of {value.dtype}, shape {tuple(value.shape)}, on {value.device}{layout}"

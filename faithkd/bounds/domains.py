@@ -1,0 +1,269 @@
+"""Parts of a ball on which some ReLUs are known to be on or off: what all searches, `alone` and `search`, stand on.
+
+Splitting a ReLU makes two domains which together cover the first; the boxes of all later nodes are then computed anew.
+Where no ReLU is left, the input is halved instead, as "node 0 of network BOTH", so that a search converges on whatever
+is still loose.
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from faithkd.bounds.graph import Network
+from faithkd.bounds.linear import STEPS, Slopes, crown, difference_pairs, refine, row_differences
+from faithkd.bounds.operators import Box, Lines
+
+LATER = 2.0  # a split one ReLU layer further from the logits counts that much more: it tightens all layers behind
+BOTH = -1  # the network of a split of the input, which both networks share
+SPREAD = 1.0  # weight of a unit's whole triangle in its score, beside the gap at the worst point
+ROOM = 128 * 2**20  # bytes of one image's table, past which its search ends: with copies, a process stays below 0.5 GB
+ROUNDING = 2.0**-44  # hundreds of times what the few operations on a row's coefficients can be off by
+
+
+def mapped(function, first, *others):
+    """`function` of the tensors at the same places of several trees of dictionaries, tuples, lists and tables."""
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {name: mapped(function, part, *(tree[name] for tree in others)) for name, part in first.items()}
+    if isinstance(first, list | tuple):
+        return type(first)(mapped(function, *parts) for parts in zip(first, *others, strict=True))
+    if isinstance(first, Table):
+        trees = [{part.name: getattr(tree, part.name) for part in fields(tree)} for tree in (first, *others)]
+        return type(first)(**mapped(function, *trees))
+    return function(first, *others)
+
+
+class Table:
+    """A dataclass whose tensors have one entry per item of the table, and are indexed together."""
+
+    def __getitem__(self, index: Tensor):
+        """The items at `index`, a mask or numbers."""
+        return mapped(lambda column: column[index], self)
+
+    def join(self, *others):
+        """This table and others, one below the other."""
+        return mapped(lambda *columns: torch.cat(columns), self, *others)
+
+
+def full(image: Tensor, images: int, table: Table) -> Tensor:
+    """Whether a table whose items belong to `image` takes more than ROOM for one of them: `(images,)`."""
+    sizes = []
+    mapped(lambda column: sizes.append(column.shape[1:].numel() * column.element_size()), table)
+    return torch.bincount(image, minlength=images) * sum(sizes) > ROOM
+
+
+@dataclass(frozen=True)
+class Domain(Table):
+    """Parts of balls: the number of each one's `image`, and by network q (0: the teacher, 1: the student) and ReLU node
+    k `boxes[q][k]` of its input, each `(D, *shape)`, and `phases[q][k]`: 1 split and on, -1 split and off, 0 neither.
+
+    `input`: boxes of the image, None where each is its image's whole ball: they are large.
+    """
+
+    image: Tensor
+    boxes: dict[int, dict[int, Box]]
+    phases: dict[int, Slopes] = field(default_factory=dict)
+    input: Box | None = None
+
+
+@dataclass(frozen=True)
+class Splits(Table):
+    """Where domains are halved, each `(D,)`: node and unit of a network, or for BOTH, an input."""
+
+    network: Tensor
+    node: Tensor
+    unit: Tensor
+
+
+@dataclass(frozen=True)
+class Root:
+    """What is known of network q on the whole balls: boxes, lines and slopes of `crown`, and all differences.
+
+    `highest` `(N, C, C)` holds the largest z_j - z_i at (i, j), `row_slopes` `(N, C, C, *shape)` the slopes of each,
+    and `odds` the range of every class's log-odds m, `(N, C)` twice.
+    """
+
+    network: Network
+    q: int
+    bounds: list[Box]
+    lines: list[Lines]
+    slopes: dict[int, Slopes]
+    highest: Tensor
+    row_slopes: Slopes
+    odds: Box
+
+    def at(self, some: Tensor) -> "Root":
+        """The root of some of its images."""
+        columns = ("bounds", "lines", "slopes", "highest", "row_slopes", "odds")
+        return replace(self, **{name: mapped(lambda part: part[some], getattr(self, name)) for name in columns})
+
+
+def root(network: Network, q: int, lower: Tensor, upper: Tensor, steps: int = STEPS) -> Root:
+    """alpha-CROWN of one network on each ball: the root of every tree, and a bound by itself."""
+    bounds, lines, slopes = crown(network, lower, upper, steps)
+    highest, found = row_differences(network, lines, bounds, steps)
+    classes, pairs = network.classes, difference_pairs(network.classes)
+    row_slopes = {}
+    for k in network.splits:
+        line = lines[k]
+        part = line.below.unsqueeze(1).repeat(1, classes, classes, *[1] * (line.below.ndim - 2))
+        if k in found:
+            part[:, pairs[:, 0], pairs[:, 1]] = found[k]
+        row_slopes[k] = part
+    return Root(network, q, bounds, lines, slopes, highest, row_slopes, all_odds(highest))
+
+
+def log_odds(logits: Tensor, label: Tensor) -> Tensor:
+    """m = z_i - LSE_{j != i} z_j for the class i = `label` of each row of logits `(B, C)`."""
+    own = F.one_hot(label, logits.shape[1]).bool()
+    return logits.gather(1, label[:, None])[:, 0] - logits.masked_fill(own, -math.inf).logsumexp(1)
+
+
+def log_odds_range(highest: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Range of m for class i from the largest z_j - z_i, `(B, C, C)` at (i, j): two `(B,)`, rounded outwards."""
+    here = torch.arange(len(label))
+    own = F.one_hot(label, highest.shape[1]).bool()
+    up, down = highest[here, label], highest[here, :, label]  # z_j - z_i <= up, z_i - z_j <= down
+    low = -up.masked_fill(own, -math.inf).logsumexp(1)
+    high = -(-down).masked_fill(own, -math.inf).logsumexp(1)
+    return low - ROUNDING * (1 + low.abs()), high + ROUNDING * (1 + high.abs())
+
+
+def all_odds(highest: Tensor) -> Box:
+    """Range of the log-odds of every class, `(N, C)` twice, from the largest differences `(N, C, C)`."""
+    images, classes = highest.shape[:2]
+    label = torch.arange(classes).repeat(images)
+    return tuple(end.view(images, classes) for end in log_odds_range(highest.repeat_interleave(classes, 0), label))
+
+
+def whole(roots: tuple[Root, ...]) -> Domain:
+    """One domain per image: its whole ball."""
+    boxes = {
+        root.q: {k: tuple(end.clone() for end in root.bounds[root.network.place(k)]) for k in root.network.splits}
+        for root in roots
+    }
+    phases = {q: {k: torch.zeros_like(box[0]) for k, box in parts.items()} for q, parts in boxes.items()}
+    return Domain(torch.arange(len(roots[0].highest)), boxes, phases)
+
+
+def lines_of(root: Root, domains: Domain, upto: int | None = None) -> list[Lines]:
+    """Lines of each node on the domains: ReLUs from their boxes, all others as on the whole ball."""
+    boxes = domains.boxes[root.q]
+    return [
+        root.network.nodes[k].operator.relax(boxes[k]) if k in boxes else line[domains.image]
+        for k, line in enumerate(root.lines[:upto])
+    ]
+
+
+def ball_of(root: Root, domains: Domain) -> Box:
+    """The input boxes of the domains: the balls of their images, or parts of these."""
+    return domains.input or tuple(end[domains.image] for end in root.bounds[0])
+
+
+def with_inputs(root: Root, domains: Domain) -> Domain:
+    """The domains with their input boxes, which only a split of the input needs."""
+    return replace(domains, input=ball_of(root, domains))
+
+
+def widest_input(forms: list[Tensor], box: Box) -> tuple[Tensor, Tensor]:
+    """The input along which forms `(B, *image)` change most in their box, and whether any does, two `(B,)`."""
+    change = sum(form.abs() for form in forms) * (box[1] - box[0])
+    most, unit = change.flatten(1).max(1)
+    return unit, most > 0
+
+
+def logit_size(roots: tuple[Root, ...], image: Tensor) -> Tensor:
+    """The largest absolute logit of either network on the image's ball."""
+    return torch.stack([end.abs().amax(1) for root in roots for end in root.bounds[-1]]).amax(0)[image]
+
+
+def rank_in(group: Tensor, value: Tensor) -> Tensor:
+    """Place of each value among those of its group, 0 for the largest."""
+    order = value.argsort(descending=True, stable=True)
+    order = order[group[order].argsort(stable=True)]
+    sizes = torch.bincount(group)
+    before = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - before[group[order]]
+    return rank
+
+
+def loose_units(
+    root: Root, lines: list[Lines], slopes: Slopes, trace: Slopes, x: Tensor
+) -> tuple[Slopes, Slopes, Tensor]:
+    """By ReLU node: how much each unit's lines lose at x, and its score, `(B, units)`; and the lines' logits at x."""
+    gaps, scores, found, splits = {}, {}, [x], root.network.splits
+    for k, node in enumerate(root.network.nodes):
+        z = [found[place] for place in node.inputs]
+        if k not in trace:
+            found.append(node.operator(*z))
+            continue
+        (z,), line, row = z, lines[k], trace[k][:, 0]
+        below = line.below if k not in slopes else node.operator.allowed(slopes[k], line)
+        y = torch.where(row > 0, line.above[:, 0] * z + line.high[:, 0], below[:, 0] * z)
+        free = line.free[:, 0]
+        gap = (row * (y - node.operator(z))).clamp(min=0) * free
+        spread = torch.where(row > 0, row * line.high[:, 0], 0.0) * free
+        gaps[k] = gap.flatten(1)
+        weight = LATER ** (len(splits) - splits.index(k))
+        scores[k] = torch.where(free, weight * (gap + SPREAD * spread + 1e-12), 0.0).flatten(1)
+        found.append(y)
+    return gaps, scores, found[-1]
+
+
+def halve(domains: Domain, splits: Splits) -> Domain:
+    """Both halves of each domain, all first ones (the unit is on) before all second ones (it is off).
+
+    Of the input ("node 0 of network BOTH"): the upper half before the lower one; both hold the middle.
+    """
+    halves, count = domains.join(domains), len(splits.unit)
+
+    def cut(box: Box, network: int, node: int, at: Tensor | float = 0.0) -> None:
+        hit = ((splits.network == network) & (splits.node == node)).nonzero()[:, 0]
+        (low, high), unit = (end.flatten(1) for end in box), splits.unit[hit]
+        at = at[hit] if isinstance(at, Tensor) else low.new_tensor(at)
+        low[hit, unit] = torch.maximum(low[hit, unit], at)
+        high[hit + count, unit] = torch.minimum(high[hit + count, unit], at)
+
+    for q, boxes in halves.boxes.items():
+        for k, box in boxes.items():
+            cut(box, q, k)
+    for q, phases in halves.phases.items():
+        for k, phase in phases.items():
+            hit = ((splits.network == q) & (splits.node == k)).nonzero()[:, 0]
+            phase, unit = phase.flatten(1), splits.unit[hit]
+            phase[hit, unit], phase[hit + count, unit] = 1.0, -1.0
+    if halves.input is not None:
+        low, high = (end.flatten(1) for end in domains.input)
+        middle = (low + high)[torch.arange(count), splits.unit.clamp(max=low.shape[1] - 1)] / 2
+        cut(halves.input, BOTH, 0, middle)
+    return halves
+
+
+def meet(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ends in order, and which entries are empty: only where they cross by more than any rounding."""
+    empty = low > high + 1e-9 * (1 + low.abs() + high.abs())
+    return torch.minimum(low, high), torch.maximum(low, high), empty
+
+
+def rebox(roots: tuple[Root, ...], domains: Domain, splits: Splits) -> Tensor:
+    """Boxes behind what was split, computed anew in place with the slopes of the whole ball; who is empty, `(D,)`."""
+    empty = torch.zeros(len(splits.unit), dtype=torch.bool)
+    for root in roots:
+        for k, (lower, upper) in domains.boxes[root.q].items():
+            # behind the first affine node a box is exact until the input is split
+            behind = (splits.network == root.q) & (splits.node < k) & (k in root.slopes)
+            hit = ((splits.network == BOTH) | behind).nonzero()[:, 0]
+            if not len(hit):
+                continue
+            mine = domains[hit]
+            slopes = {j: part[mine.image] for j, part in root.slopes.get(k, {}).items()}
+            lines, ball = lines_of(root, mine, upto=k), ball_of(root, mine)
+            box, _ = refine(root.network, lines, ball, mine.boxes[root.q][k], k, slopes=slopes)
+            lower[hit], upper[hit], gone = meet(*box)
+            empty[hit] |= gone.flatten(1).any(1)
+    return empty

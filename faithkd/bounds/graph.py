@@ -1,0 +1,135 @@
+"""What the bounds are computed on: a float64 copy of a network as a list of operators, and the ball around each image.
+
+Place 0 is the image, place k + 1 the output of node k; each node says which places it reads. How they are found in a
+torch module is in `reading`.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from faithkd import arguments
+from faithkd.bounds.operators import MaxPool2d, Operator, ReLU, Shape
+from faithkd.bounds.reading import read
+from faithkd.errors import FaithkdError
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operator and the places that it reads."""
+
+    operator: Operator
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Nodes in an order in which they can be computed, and the shape of one image at every place, `(C,)` last."""
+
+    nodes: tuple[Node, ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def classes(self) -> int:
+        return self.shapes[-1][0]
+
+    @functools.cached_property
+    def splits(self) -> tuple[int, ...]:
+        """The nodes at which a branch and bound can split."""
+        return tuple(k for k, node in enumerate(self.nodes) if node.operator.splits)
+
+    @functools.cached_property
+    def single(self) -> "Network":
+        """The same network in float32: twice as fast, for looking around, never for a bound."""
+        return replace(self, nodes=tuple(Node(node.operator.rough(), node.inputs) for node in self.nodes))
+
+    def place(self, k: int) -> int:
+        """The place that node k reads first."""
+        return self.nodes[k].inputs[0]
+
+    def before(self, place: int) -> list[int]:
+        """The nodes that a place depends on."""
+        needed = {place}
+        for k in reversed(range(place)):
+            if k + 1 in needed:
+                needed.update(self.nodes[k].inputs)
+        return [k for k in range(place) if k + 1 in needed]
+
+    def values(self, z: Tensor) -> list[Tensor]:
+        """What stands at every place for a batch of images `(N, *shape)`."""
+        found = [z]
+        for node in self.nodes:
+            found.append(node.operator(*(found[place] for place in node.inputs)))
+        return found
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The logits `(N, C)`, as the bounds understand the network."""
+        return self.values(z)[-1]
+
+
+def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
+    """The operators of `network` for images of `shape`, in float64 on the CPU; the original is left alone.
+
+    Raises FaithkdError, with the layer's position, for anything that cannot be bounded.
+    """
+    arguments.network(network, name)
+    nodes, shapes = read(network, shape, name)
+    logits = shapes[-1]
+    if len(logits) != 1 or logits[0] < 2:
+        raise FaithkdError(
+            f"{name} returns {('N', *logits)} for images of shape {tuple(shape)}; "
+            "bounds need logits of shape (N, C) with C >= 2 classes"
+        )
+    return behind_pools([Node(*node) for node in nodes], shapes)
+
+
+def behind_pools(nodes: list[Node], shapes: list[Shape]) -> Network:
+    """The network with max-pools before ReLUs: max(relu(z)) = relu(max(z)), where fewer units are not settled."""
+    nodes, shapes = list(nodes), list(shapes)
+    readers = [place for node in nodes for place in node.inputs]
+    for k in range(1, len(nodes)):
+        first, second = nodes[k - 1], nodes[k]
+        kinds = type(first.operator), type(second.operator)
+        if kinds == (ReLU, MaxPool2d) and second.inputs == (k,) and readers.count(k) == 1:
+            nodes[k - 1], nodes[k] = replace(second, inputs=first.inputs), replace(first, inputs=(k,))
+            shapes[k] = shapes[k + 1]
+    return Network(tuple(nodes), tuple(shapes))
+
+
+def prepare_pair(teacher: nn.Module, student: nn.Module, x: Tensor) -> tuple[Network, Network]:
+    """Both networks checked for the images `x` `(N, *shape)` and against each other."""
+    shape = tuple(x.shape[1:])
+    both = prepare(teacher, shape, "teacher"), prepare(student, shape, "student")
+    arguments.same_classes(both[0].classes, both[1].classes)
+    return both
+
+
+def check_images(x: Tensor) -> Tensor:
+    """The images as float64 on the CPU, all finite, `(N, *shape)`."""
+    return arguments.images(x).to(device="cpu", dtype=torch.float64, copy=True)  # nor made in inference mode
+
+
+def outer_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
+    """Ends of the ball B_eps(x) of Def. 2, each one ulp outwards: two tensors like `x`.
+
+    `clip=(low, high)`, broadcastable to `x`, cuts the ball to the range of valid images. An image that leaves
+    that range by no more than rounding keeps its own point; one that leaves it further is an error.
+    """
+    eps, (low, high) = arguments.radius(eps), arguments.clip_range(clip, x)
+    infinity = torch.full_like(x, math.inf)
+    lower, upper = torch.nextafter(x - eps, -infinity), torch.nextafter(x + eps, infinity)
+    return torch.maximum(lower, torch.minimum(low, x)), torch.minimum(upper, torch.maximum(high, x))
+
+
+def inner_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
+    """Ends of what is certainly in the ball B_eps(x) and in `clip`, each rounded inwards: where a witness may lie.
+
+    Of checked arguments. An image that leaves `clip` by rounding is moved into it, though not out of the ball.
+    """
+    # x - eps is rounded by less than one ulp, and is x itself where eps vanishes beside it
+    lower, upper = torch.nextafter(x - float(eps), x), torch.nextafter(x + float(eps), x)
+    low, high = arguments.clip_range(clip, x)
+    return torch.minimum(torch.maximum(lower, low), upper), torch.maximum(torch.minimum(upper, high), lower)

@@ -1,0 +1,452 @@
+"""The ladder of methods: each bound is the smallest of all computed on the way to it."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from faithkd import arguments, attacks, workers
+from faithkd.bounds import agreement as agreements
+from faithkd.bounds import search
+from faithkd.bounds.domains import Root, root
+from faithkd.bounds.graph import Network, check_images, inner_ball, outer_ball, prepare, prepare_pair
+from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
+from faithkd.bounds.operators import Box
+from faithkd.bounds.softmax import pair_bound, softmax_interval
+from faithkd.errors import FaithkdError
+
+METHODS = {
+    "interval": "interval arithmetic to a box of logits, eq. (9): fastest and very loose",
+    "crown": "one linear relaxation per logit difference, batched: for whole test sets",
+    "alpha-crown": "crown with every slope optimised: about as tight as the LP, at a fraction of its time",
+    "lp": "the best linear relaxation per logit difference, by linear programming: tenths of seconds per image",
+    "milp": "exact ranges of the logit differences, by branch and bound: small networks or small balls",
+    "joint": "both networks see the same image: their linear forms are subtracted before the maximum is taken",
+    "bab": "branch and bound on top of joint: the longer, the tighter",
+    "best": "bab from a lower bound by PGD, in processes on all cores: both ends of the bracket",
+}
+_LINEAR = ("interval", "crown", "alpha-crown")
+LADDER = {
+    **{name: _LINEAR[: place + 1] for place, name in enumerate(_LINEAR)},
+    "lp": (*_LINEAR, "lp"),
+    "milp": (*_LINEAR, "lp", "milp"),
+    "joint": (*_LINEAR, "joint"),
+    "bab": (*_LINEAR, "joint", "bab"),
+    "best": (*_LINEAR, "joint", "bab"),
+}
+ALONE = _LINEAR  # methods that look at one network at a time, whatever the other is
+CERTIFIED = "certified"
+NOT_FINITE = "not finite: trivial bound 1"
+PIECE = 16  # images searched at once, and given to one process at a time
+DEFAULT_NODES, UNLIMITED = 1000, 10**9
+PARTS = 32_000  # of all images searched at once; one image alone may make more, and takes what it needs
+SPEED = 2000  # parts made in a second, at most
+
+
+@dataclass(frozen=True)
+class UpperBound:
+    """Certified upper bounds of delta*, `values` `(N,)` in [0, 1]; `status` says what limited each image.
+
+    `step`: the cheapest method of LADDER that gave the value. `seconds`: wall-clock time per image. `rungs`: the values
+    of every method climbed on the way, `(N,)` each. With "bab" and "best" also `lower` `(N,)`, a difference that is
+    attained at `witnesses` `(N, *image)`, and `nodes`, the parts made. With `agreement`, `agrees` `(N,)` bool.
+    """
+
+    values: Tensor
+    method: str
+    status: list[str]
+    step: list[str]
+    seconds: Tensor
+    rungs: dict[str, Tensor]
+    lower: Tensor | None = None
+    witnesses: Tensor | None = None
+    nodes: Tensor | None = None
+    agrees: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to bound: checked once, passed down unchanged."""
+
+    method: str = "crown"
+    solver: str = "highs"
+    max_nodes: int = 10_000
+    nodes: int | None = None
+    budget: float | None = None
+    tolerance: float = 1e-3
+    seed: int = 0
+    agreement: bool = False
+    jobs: int | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        arguments.choice("method", self.method, METHODS)
+        arguments.choice("solver", self.solver, ("highs", "gurobi", "auto"))
+        arguments.whole("max_nodes", self.max_nodes)
+        arguments.random_seed(self.seed)
+        arguments.number("tolerance", self.tolerance)
+        for name in ("nodes", "jobs"):
+            if getattr(self, name) is not None:
+                arguments.whole(name, getattr(self, name))
+        if self.budget is not None:
+            arguments.number("budget", self.budget)
+        if self.agreement and "alpha-crown" not in LADDER[self.method]:
+            able = ", ".join(name for name, rungs in LADDER.items() if "alpha-crown" in rungs)
+            raise FaithkdError(f"agreement=True is for the methods {able}, not {self.method}; or certified_agreement()")
+
+
+@dataclass(frozen=True)
+class Balls:
+    """Images `x` `(N, *shape)` and the balls around them, cut to the valid images: `box` rounded outwards, for bounds,
+    `reach` inwards, for witnesses."""
+
+    x: Tensor
+    eps: float
+    box: Box
+    reach: Box
+
+    @staticmethod
+    def around(x: Tensor, eps: float, clip: tuple | None) -> "Balls":
+        """The balls of images that may be anything yet: raises FaithkdError."""
+        x = check_images(x)
+        return Balls(x, arguments.radius(eps), outer_ball(x, eps, clip), inner_ball(x, eps, clip))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, some: Tensor) -> "Balls":
+        """Some of them."""
+        return Balls(self.x[some], self.eps, *(tuple(end[some] for end in box) for box in (self.box, self.reach)))
+
+
+@torch.inference_mode(False)  # descent needs gradients
+def faithfulness_upper_bound(
+    teacher: nn.Module,
+    student: nn.Module,
+    x: Tensor,
+    eps: float,
+    *,
+    method: str = "crown",
+    solver: str = "highs",
+    clip: tuple | None = None,
+    max_nodes: int = 10_000,
+    nodes: int | None = None,
+    budget: float | None = None,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    agreement: bool = False,
+    jobs: int | None = None,
+    progress: bool = False,
+) -> UpperBound:
+    """FaithUB of each image: certified to be at least ||f_t(x') - f_s(x')||_inf on all of B_eps(x), eq. (11).
+
+    `teacher`, `student`: torch modules of known operations (`reading`), returning logits `(N, C)`. `x`: `(N, *image)`
+    in the networks' input space; `eps`: radius in the same units; `clip`: `(low, high)`, the range of valid images,
+    broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and milp): "highs", "gurobi", or "auto", Gurobi where
+    its licence is large enough. `max_nodes` (milp): branch-and-bound nodes per logit difference; where they run out,
+    the bound reached by then is used, and the status says so.
+
+    bab and best: an image is finished when its bound is within `tolerance` of a difference that is attained, or when
+    `nodes` parts of its ball were made, or after `budget` seconds per image, whichever comes first; only nodes
+    repeat exactly (1,000 where neither is given). An image also stops where its parts fill `domains.ROOM` bytes.
+    "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
+    that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
+
+    `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
+
+    Values hold for the networks as functions of real numbers; float64 rounding is accounted for. No solver's word is
+    taken: for "lp" and "milp" its multipliers only, and every bound is computed from them anew (`exact`).
+    Raises FaithkdError for whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
+    """
+    choices = Choices(method, solver, max_nodes, nodes, budget, tolerance, seed, agreement, jobs, progress)
+    return spread_out(teacher, [student], Balls.around(x, eps, clip), choices)[0]
+
+
+@torch.inference_mode(False)  # descent needs gradients
+def faithfulness_upper_bounds(
+    teacher: nn.Module,
+    students: Sequence[nn.Module],
+    x: Tensor,
+    eps: float,
+    *,
+    clip: tuple | None = None,
+    **choices,
+) -> list[UpperBound]:
+    """`faithfulness_upper_bound` of each student of one teacher, who is bounded only once for all of them, eq. (11).
+
+    Arguments and errors as there; a `budget` is for each student.
+    """
+    return spread_out(teacher, list(students), Balls.around(x, eps, clip), Choices(**choices))
+
+
+def spread_out(teacher: nn.Module, students: list, balls: Balls, choices: Choices) -> list[UpperBound]:
+    """Check everything, then `bounded`: "best" in several processes, all else in this one."""
+    networks = [prepare(teacher, tuple(balls.x.shape[1:]), "teacher")]
+    networks += [prepare(student, tuple(balls.x.shape[1:]), "student") for student in students]
+    for network in networks:
+        arguments.same_classes(networks[0].classes, network.classes)
+    count = min(workers.jobs() if choices.jobs is None else choices.jobs, len(balls))
+    if choices.method != "best" or count <= 1 or not workers.possible():
+        return bounded(networks, balls, choices)
+    # a process alone has the time of all of them
+    budget = None if choices.budget is None else choices.budget * count
+    share = replace(choices, budget=budget, progress=False)
+    pieces = torch.arange(len(balls)).split(min(PIECE, math.ceil(len(balls) / count)))
+    calls = [partial(bounded, networks, balls[some], share) for some in pieces]
+    done = [None] * len(calls)
+    with progress_bar(choices, len(balls)) as bar:
+        for place, found in workers.run(calls, count, sample=0.0):
+            done[place] = found
+            bar.update(len(pieces[place]))
+    return [joined(parts) for parts in zip(*done, strict=True)]
+
+
+def progress_bar(choices: Choices, images: int) -> tqdm:
+    return tqdm(total=images, desc=choices.method, unit="image", disable=not choices.progress, leave=False)
+
+
+def joined(parts: Sequence[UpperBound]) -> UpperBound:
+    """The results of several pieces as one."""
+    columns = {}
+    for name in ("values", "seconds", "lower", "witnesses", "nodes", "agrees"):
+        entries = [getattr(part, name) for part in parts]
+        columns[name] = None if entries[0] is None else torch.cat(entries)
+    for name in ("status", "step"):
+        columns[name] = [entry for part in parts for entry in getattr(part, name)]
+    columns["rungs"] = {name: torch.cat([part.rungs[name] for part in parts]) for name in parts[0].rungs}
+    return UpperBound(method=parts[0].method, **columns)
+
+
+def bounded(networks: list[Network], balls: Balls, choices: Choices) -> list[UpperBound]:
+    """`faithfulness_upper_bounds` of a teacher and its students, in this process."""
+    first, *rest = [bounder(network, min(q, 1), choices) for q, network in enumerate(networks)]
+    parts = []
+    with progress_bar(choices, len(balls)) as bar:
+        # the same pieces for every method, so that the ladder of methods holds to the last bit
+        for some in image_chunks(tuple(networks), len(balls)) or (torch.arange(0),):
+            begin, mine = time.monotonic(), balls[some]
+            alone = first(*mine.box)
+            spent = time.monotonic() - begin
+            parts.append([])
+            for each in rest:
+                begin = time.monotonic() - spent  # every student's time has the teacher's in it
+                parts[-1].append(of_pair([alone, each(*mine.box)], mine, choices, begin))
+            bar.update(len(some))
+    return [joined(each) for each in zip(*parts, strict=True)]
+
+
+def of_pair(both: list["Alone"], balls: Balls, choices: Choices, begin: float) -> UpperBound:
+    """All rungs for a few images from those of each network by itself: eq. (11), then what sees both."""
+    notes = [[]] * len(balls)
+    if "lp" in LADDER[choices.method]:
+        both, notes = solved(both, choices)
+    rungs = {name: pair_bound(*(part.rungs[name] for part in both)) for name in both[0].rungs}
+    finite = both[0].finite & both[1].finite
+    pair, searched, ends = tuple(part.network for part in both), "bab" in LADDER[choices.method], {}
+    if "joint" in LADDER[choices.method]:
+        known = attained(pair, balls, choices) if searched else (torch.zeros(len(balls)).double(), balls.x)
+        found = shared(both, balls, known, choices, begin)
+        rungs |= found.pop("rungs")
+        ends = found if searched else {}
+    table = torch.stack([torch.where(finite, bound, 1.0) for bound in rungs.values()]).cummin(0).values
+    names, values = list(rungs), table[-1]
+    steps = [names[place] for place in (table == values).int().argmax(0).tolist()]
+    status = []
+    for n, good in enumerate(finite.tolist()):
+        late = ends and values[n] > ends["lower"][n] + choices.tolerance
+        said = notes[n] + ([f"stopped at {int(ends['nodes'][n])} nodes"] if late else [])
+        status.append("; ".join(dict.fromkeys(said)) or CERTIFIED if good else NOT_FINITE)
+    if ends:
+        ends["lower"] = kept_below(pair, ends["lower"], ends["witnesses"], values)
+    if choices.agreement:
+        # nothing is left to be proved where a disagreement is known
+        known = ends.get("witnesses", balls.x)
+        alike = pair[0](known).argmax(1) == pair[1](known).argmax(1)
+        ends["agrees"] = agreements.agrees(tuple(part.root for part in both), asked=alike)
+    seconds = torch.full((len(balls),), (time.monotonic() - begin) / max(len(balls), 1), dtype=torch.float64)
+    return UpperBound(values, choices.method, status, steps, seconds, dict(zip(names, table, strict=True)), **ends)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One network's rungs: the largest z_j - z_i `(N, C, C)` by method; whether all is finite.
+
+    `boxes`: of every place; `open`: from one image's boxes to its LP (`exact.opener`), for "lp" and "milp".
+    """
+
+    network: Network
+    rungs: dict[str, Tensor]
+    finite: Tensor
+    root: Root | None
+    boxes: list[Box]
+    open: Callable | None
+
+
+def bounder(network: Network, q: int, choices: Choices) -> Callable[[Tensor, Tensor], Alone]:
+    """A function from boxes of images to one network's rungs. Programs are compiled once, when it is made."""
+    names, opened = LADDER[choices.method], None
+    if "lp" in names:
+        from faithkd.bounds import exact  # cvxpy takes seconds to import
+
+        opened = exact.opener(network, choices.solver)
+
+    def bound(lower: Tensor, upper: Tensor) -> Alone:
+        boxes, found = interval(network, lower, upper), None
+        rungs = {"interval": box_differences(*boxes[-1])}
+        if "crown" in names:
+            boxes, lines, _ = crown(network, lower, upper)
+            highest, _ = row_differences(network, lines, boxes)
+            rungs["crown"] = torch.minimum(rungs["interval"], highest)
+        if "alpha-crown" in names:
+            found = root(network, q, lower, upper)
+            boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
+        last = list(rungs.values())[-1]
+        return Alone(network, rungs, last.isfinite().flatten(1).all(1), found, boxes, opened)
+
+    return bound
+
+
+def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[list[str]]]:
+    """The rungs "lp" and "milp" of one network, or of a pair where eq. (11) can change, and notes for each image."""
+    from faithkd.bounds import exact
+
+    names = [name for name in ("lp", "milp") if name in LADDER[choices.method]]
+    rungs = [{name: list(network.rungs.values())[-1].clone() for name in names} for network in networks]
+    notes = []
+    for n in range(len(networks[0].finite)):
+        boxes = [[(low[n : n + 1], high[n : n + 1]) for low, high in network.boxes] for network in networks]
+        images = [network.open(mine) for network, mine in zip(networks, boxes, strict=True)]
+        notes.append([] if all(images) else ["LP not tried: boxes not finite"])
+        highest = [found[names[0]][n] for found in rungs]
+        for name in names if all(images) else ():
+            highest, note = exact.lowered(images, highest, choices.max_nodes if name == "milp" else 0)
+            notes[-1] += [note] if note else []
+            for found, mine in zip(rungs, highest, strict=True):
+                found[name][n] = mine
+    networks = [replace(network, rungs=network.rungs | found) for network, found in zip(networks, rungs, strict=True)]
+    return networks, notes
+
+
+def attained(pair: tuple[Network, Network], balls: Balls, choices: Choices) -> tuple[Tensor, Tensor]:
+    """A difference that is attained in each ball, `(N,)`, and where: at x, for "best" where PGD finds more (§4.1)."""
+    x = search.clip(balls.x, *balls.reach)
+    if choices.method != "best" or not len(x):
+        return search.gap(pair, x), x
+    exact = bool((x.float().double() == x).all())
+    rough = tuple(network.single for network in pair) if exact else pair
+
+    def objective(z: Tensor) -> tuple[Tensor, Tensor]:
+        difference = search.gap(rough, z)
+        return difference, difference
+
+    witnesses, _ = attacks.search(
+        objective,
+        x.float() if exact else x,
+        balls.eps,
+        steps=50,
+        step_size=2.5 * balls.eps / 50,
+        restarts=5,
+        generator=torch.Generator().manual_seed(choices.seed),
+        clip=tuple(end.float() if exact else end for end in balls.reach),
+    )
+    witnesses = search.clip(witnesses.double(), *balls.reach)
+    return search.gap(pair, witnesses), witnesses
+
+
+def kept_below(pair: tuple[Network, Network], lower: Tensor, witnesses: Tensor, upper: Tensor) -> Tensor:
+    """The differences at the witnesses, as float64 has them, and never above what is certified.
+
+    That the certificates are right is asserted of the real functions, whose values at a point lie in certified ranges:
+    float64's own may be off by anything where large logits cancel.
+    """
+    ends = [softmax_interval(box_differences(*interval(network, witnesses, witnesses)[-1])) for network in pair]
+    least = torch.maximum(ends[0][0] - ends[1][1], ends[1][0] - ends[0][1]).amax(1) - 2.0**-52
+    if (least > upper).any():
+        raise AssertionError("an upper bound lies below a difference that is attained: please report it")
+    return torch.minimum(lower, upper)
+
+
+def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choices: Choices, begin: float) -> dict:
+    """The rungs "joint" and "bab", and both ends of the bracket; 1 for images whose boxes are not finite."""
+    finite = both[0].finite & both[1].finite
+    lower, witnesses = (part.clone() for part in known)
+    whole = {name: torch.ones_like(lower) for name in ("joint", "bab") if name in LADDER[choices.method]}
+    made = torch.zeros(len(lower), dtype=torch.long)
+    nodes = choices.nodes or (DEFAULT_NODES if choices.budget is None else UNLIMITED)
+    # so few at once that all their parts fit in memory
+    expected = nodes if choices.budget is None else min(nodes, SPEED * choices.budget)
+    left = finite.nonzero()[:, 0]
+    for some in left.split(max(1, min(PIECE, int(PARTS / max(expected, 1))))) if len(left) else ():
+        roots = tuple(part.root.at(some) for part in both)
+        leaves = search.start(roots, balls[some].reach, lower[some], witnesses[some])
+        whole["joint"][some] = leaves.upper
+        if "bab" in whole:
+            now = time.monotonic()
+            end = math.inf if choices.budget is None else begin + choices.budget * len(finite)
+            deadline = now + (end - now) * len(some) / len(left)
+            left = left[len(some) :]
+            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline)
+            whole["bab"][some] = torch.minimum(whole["joint"][some], leaves.upper)
+            lower[some], witnesses[some] = leaves.lower, leaves.witnesses
+    if "bab" not in whole:
+        return {"rungs": whole}
+    return {"rungs": whole, "lower": lower, "witnesses": witnesses, "nodes": made}
+
+
+@torch.inference_mode(False)  # descent needs gradients
+def difference_bounds(
+    network: nn.Module,
+    x: Tensor,
+    eps: float,
+    *,
+    method: str = "crown",
+    solver: str = "highs",
+    clip: tuple | None = None,
+    max_nodes: int = 10_000,
+) -> Tensor:
+    """Certified maximum of each logit difference z_j - z_i over the ball, `(N, C, C)` at [n, i, j], eq. (9).
+
+    Minima follow by antisymmetry: min (z_j - z_i) = -result[n, j, i]. +inf where nothing could be certified.
+    Arguments and errors as in `faithfulness_upper_bound`; methods up to "milp", which look at one network.
+    """
+    arguments.choice("method", method, [name for name in METHODS if "joint" not in LADDER[name]])
+    choices, balls = Choices(method, solver, max_nodes), Balls.around(x, eps, clip)
+    prepared = prepare(network, tuple(balls.x.shape[1:]))
+    bound = bounder(prepared, 0, choices)
+    found = torch.zeros(len(balls), prepared.classes, prepared.classes, dtype=torch.float64)
+    for some in image_chunks((prepared,), len(balls)):
+        mine = [bound(*balls[some].box)]
+        if "lp" in LADDER[method]:
+            mine, _ = solved(mine, choices)
+        found[some] = mine[0].rungs[method]
+    return found
+
+
+@torch.inference_mode(False)  # descent needs gradients
+def certified_agreement(
+    teacher: nn.Module,
+    student: nn.Module,
+    x: Tensor,
+    eps: float,
+    *,
+    clip: tuple | None = None,
+    nodes: int = agreements.NODES,
+) -> Tensor:
+    """Whether c_t(x') = c_s(x') on all of B_eps(x), certified: `(N,)` bool, False where nothing is known.
+
+    The mean is a certified lower bound of the distillation agreement, Def. 3. `nodes`: into how many parts the ball is
+    split at most, for each network. Other arguments and errors as in `faithfulness_upper_bound`.
+    """
+    arguments.whole("nodes", nodes)
+    balls = Balls.around(x, eps, clip)
+    pair = prepare_pair(teacher, student, balls.x)
+    holds = torch.zeros(len(balls), dtype=torch.bool)
+    for some in image_chunks(pair, len(balls)):
+        roots = tuple(root(network, q, *balls[some].box) for q, network in enumerate(pair))
+        holds[some] = agreements.agrees(roots, nodes)
+    return holds

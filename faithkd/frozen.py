@@ -1,0 +1,107 @@
+"""A caller's networks as functions of images: copies in evaluation mode, computed in one precision, whatever theirs is.
+
+Float16, bfloat16 and float32 numbers are float64 numbers too: `frozen(networks, torch.float64, x)` are the caller's
+networks with their own weights, and what they say at an image is right but for the rounding of float64.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from faithkd.errors import FaithkdError
+
+_CASTS = (Tensor.half, Tensor.bfloat16, Tensor.float)
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """PyTorch's settings as gradients and exact values need them, and afterwards the caller's again."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+class Precision(TorchFunctionMode):
+    """All that is computed inside is computed in `dtype`: also with a network's constants, and past its own casts."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def _cast(self, value):
+        if isinstance(value, torch.dtype):
+            return self.dtype if value.is_floating_point else value
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(self._cast, (args, kwargs or {}))
+        if function in _CASTS:
+            return args[0]
+        result = function(*args, **kwargs)
+        return result if isinstance(result, torch.dtype) else tree_map(self._cast, result)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Networks that all see the same points: `(N, *shape)` to a tuple of logits `(N, C)`, in `dtype`."""
+
+    networks: dict[str, nn.Module]
+    dtype: torch.dtype
+    precision: AbstractContextManager
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._logits(name, z.clone()) for name in self.networks)  # its first layer may work in place
+
+    def _logits(self, name: str, z: Tensor) -> Tensor:
+        try:
+            with self.precision:
+                return self.networks[name](z)
+        except Exception as problem:  # whatever a caller's own code raises
+            raise FaithkdError(
+                f"{name} cannot be run on images of shape {tuple(z.shape[1:])} in {self.dtype}: "
+                f"{type(problem).__name__}: {problem}"
+            ) from problem
+
+
+def frozen(networks: dict[str, nn.Module], dtype: torch.dtype, x: Tensor) -> Frozen:
+    """Copies in evaluation mode, without gradients in the weights, for images `x`, whose device they come to.
+
+    The networks themselves are left alone.
+    """
+    found = {weight.dtype for net in networks.values() for weight in (*net.parameters(), *net.buffers())}
+    uniform = all(each == dtype or not each.is_floating_point for each in (*found, x.dtype))
+    copies = {name: _copy(network, name).to(device=x.device, dtype=dtype) for name, network in networks.items()}
+    # a search may spare the time that this takes where all is in one precision already
+    return Frozen(copies, dtype, nullcontext() if uniform and dtype != torch.float64 else Precision(dtype))
+
+
+@torch.no_grad()  # else a scripted network's copied weights are no leaves
+def _copy(network: nn.Module, name: str) -> nn.Module:
+    """A frozen copy; of weights that a hook has computed (pruning, weight norm), which forbid it, their values."""
+    computed = [
+        value
+        for module in network.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    try:
+        copy = deepcopy(network, {id(value): value.detach().clone() for value in computed})
+    except Exception as problem:
+        raise FaithkdError(
+            f"{name}, a {type(network).__name__}, cannot be copied, which keeps your own untouched: "
+            f"{type(problem).__name__}: {problem}; take out what copy.deepcopy cannot copy"
+        ) from problem
+    with suppress(NotImplementedError):  # of an exported graph, which has the mode it was exported in
+        copy.eval()
+    for weight in copy.parameters():
+        weight.requires_grad_(False)
+    return copy

@@ -1,0 +1,523 @@
+"""Parameters: params/*.yaml read strictly, with overrides, before any other work starts.
+
+>>> from faithkd.reproduce import params
+>>> params.load("mnist", ["train.epochs=2"]).train.epochs
+2
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import core_schema
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from faithkd.errors import ParamsError
+from faithkd.images import IMAGES
+from faithkd.paths import ROOT
+
+GROUP_LEAVES = ("evaluate.histograms",)  # mappings that may also be given whole
+FD_ONLY = re.compile(r"(train\.FD|models\.student)\.")  # what no other network depends on
+
+
+class Ratio(float):
+    """A number that remembers how it was written, "8/255" or 0.1; `str()` gives it back as written.
+
+    Raises ValueError for anything that is not a finite number or a quotient of two.
+    """
+
+    __slots__ = ("text",)
+
+    def __new__(cls, number):
+        """`number`: text such as "8/255", an int, a float or another Ratio."""
+        text = number.strip() if isinstance(number, str) else str(number)
+        above, _, below = text.partition("/")
+        try:
+            if isinstance(number, bool) or "_" in text:  # float() would take true for 1 and 1_0 for 10
+                raise ValueError
+            value = float(above) / float(below) if "/" in text else float(above)
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError("must be a finite number such as 0.1 or 8/255")
+        self = super().__new__(cls, value)
+        self.text = text
+        return self
+
+    def __getnewargs__(self):
+        return (self.text,)
+
+    def __str__(self):
+        return self.text
+
+    __repr__ = __str__
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source, handler):
+        to_text = core_schema.plain_serializer_function_ser_schema(str, when_used="json")
+        return core_schema.no_info_plain_validator_function(cls, serialization=to_text)
+
+
+Positive = Annotated[Ratio, Field(gt=0)]
+NotNegative = Annotated[Ratio, Field(ge=0)]
+Share = Annotated[Ratio, Field(ge=0, le=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**63)]  # torch, pandas and JSON readers hold no larger ones
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Counts = Annotated[list[Count], Field(min_length=1)]
+Positives = Annotated[list[Positive], Field(min_length=1)]
+
+
+class Group(BaseModel):
+    """Named parameters; unknown names are errors, values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Group):
+    """Which images, and the space in which eps is measured."""
+
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10"]
+    space: Literal["standardised", "pixel"]
+    mean: list[Ratio]
+    std: list[Positive]
+    clip: Flag
+    validation: Count  # at least one: accuracies during training are theirs, with early stopping or without
+    test_images: Count
+
+
+class FullyConnected(Group):
+    """Widths of the hidden layers; input and output layers follow from the data."""
+
+    kind: Literal["fully_connected"]
+    hidden: Counts
+
+
+class Convolutional(Group):
+    """A net of the form of Table 4: filters of its three convolutions, widths of its hidden linear layers."""
+
+    kind: Literal["convolutional"]
+    filters: Annotated[Counts, Field(min_length=3, max_length=3)]
+    hidden: Counts
+
+
+Network = Annotated[FullyConnected | Convolutional, Field(discriminator="kind")]
+
+
+class Models(Group):
+    """The two architectures."""
+
+    teacher: Network
+    student: Network
+
+
+class Attack(Group):
+    """The inner maximisation while training, eq. (2)."""
+
+    eps: Positive
+    step_size: Positive
+    steps: Count
+
+
+class Teacher(Group):
+    """How the robust teacher (RT) is trained, eq. (3)."""
+
+    learning_rate: Positive
+    learning_rate_min: NotNegative
+    weight_decay: NotNegative
+
+
+class Student(Teacher):
+    """How one method distils, eqs (1), (4), (5), (12)."""
+
+    temperature: Positive
+    alpha: Share
+
+
+class Train(Group):
+    """Training of the teacher and of the students of all four methods."""
+
+    epochs: Count
+    patience: Count
+    batch_size: Count
+    ramp_epochs: Whole
+    momentum: Annotated[Ratio, Field(ge=0, lt=1)]
+    early_stopping: Literal["validation", "test", "none"]
+    initialisation: Literal["pytorch", "he", "glorot"]
+    kl: Literal["forward", "reverse"]
+    attack: Attack
+    RT: Teacher
+    SD: Student
+    ARD: Student
+    RSLAD: Student
+    FD: Student
+
+
+class Table3(Group):
+    """EmpLB of a few images by number of PGD steps."""
+
+    eps: Positive
+    images: Count
+    steps: Counts
+
+
+class Figure1(Group):
+    """The heat map through x, x1 and x2."""
+
+    eps: Positive
+    points: Annotated[int, Field(strict=True, ge=2)]
+
+
+class AutoAttack(Group):
+    """Robust accuracy by AutoAttack, at the eps of training."""
+
+    version: Literal["standard", "plus"]
+    images: Count
+
+
+class Strong(Group):
+    """EmpLB by a wider search: on how many images, classes a network leads with, restarts of each loss."""
+
+    images: Count
+    classes: Count
+    restarts: Count
+
+
+class Evaluate(Group):
+    """Attacks on trained networks: robust accuracy, agreement and EmpLB."""
+
+    eps: Positives
+    steps: Count
+    step_factor: Positive
+    restarts: Count
+    histograms: dict[Literal["fig2", "fig3"], Whole]
+    table3: Table3
+    figure1: Figure1
+    autoattack: AutoAttack
+    strong: Strong
+
+
+class Bounds(Group):
+    """FaithUB, and how many images the slower bounds are shown on."""
+
+    method: Literal["interval", "crown", "alpha-crown", "lp", "milp", "joint", "bab", "best"]
+    solver: Literal["auto", "highs", "gurobi"]
+    lp_images: Whole
+    milp_images: Whole
+    milp_nodes: Count
+    best_images: Count
+    best_nodes: Count
+
+
+class Ablation(Group):
+    """Table 5, and what else notebook 11 varies, as overrides in a text: "data.space=pixel data.clip=true".
+
+    `settings` change the FD student alone, `readings` anything; of each reading the `students` are trained. Bounds for
+    them are computed on the first `images` of the test images.
+    """
+
+    alpha: Annotated[list[Share], Field(min_length=1)]
+    settings: list[str]
+    readings: list[str]
+    students: Annotated[list[Literal["SD", "ARD", "RSLAD", "FD"]], Field(min_length=1)]
+    images: Count
+
+
+class Params(Group):
+    """All parameters of one profile, with the overrides they were loaded with."""
+
+    profile: str
+    overrides: dict
+    seed: Whole
+    repeats: Count
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    data: Data
+    models: Models
+    train: Train
+    evaluate: Evaluate
+    bounds: Bounds
+    ablation: Ablation
+
+    @property
+    def name(self) -> str:
+        """Profile and overrides as a safe folder name of at most 80 characters: "mnist+train.epochs=2"."""
+        settings = [
+            f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+            for key, value in sorted(self.overrides.items())
+        ]
+        full = "+".join([self.profile, *settings])
+        safe = re.sub(r"[^\w.,=+-]+", "-", re.sub(r"[\[\]{}\"\s]", "", full))
+        return safe if len(safe) <= 80 else f"{safe[:71]}-{hashlib.sha256(full.encode()).hexdigest()[:8]}"
+
+    @property
+    def figures_dir(self) -> Path:
+        """Where this profile's figures and tables go."""
+        return ROOT / "figures" / self.name
+
+    def described(self) -> list[tuple[str, str, str]]:
+        """Every parameter as (name, value, reason): `describe`."""
+        return describe(self)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        problems = [f"{name}: {what}" for name, what in _contradictions(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _contradictions(p: Params):
+    """Yield (dotted name, what is wrong) for values that are fine alone but not together."""
+    data, (train_images, test_images, shape) = p.data, IMAGES[p.data.name]
+    for name in ("mean", "std"):
+        if len(getattr(data, name)) != shape[0]:
+            yield f"data.{name}", f"needs one number per channel: {shape[0]} for {data.name}"
+    if data.clip and data.space != "pixel":
+        yield "data.clip", "needs data.space=pixel: standardised inputs have no common range to clip to"
+    if data.test_images > test_images:
+        yield "data.test_images", f"must be at most {test_images}, all there are in {data.name}"
+    if data.validation + (data.test_images if data.name == "digits" else 0) >= train_images:
+        yield "data.validation", f"leaves no images to train on: {data.name} has {train_images}"
+    for name in ("teacher", "student"):
+        if getattr(p.models, name).kind == "convolutional" and shape != (3, 32, 32):
+            yield f"models.{name}.kind", f"convolutional nets need images of 3x32x32; {data.name} has {shape}"
+    for name in ("RT", "SD", "ARD", "RSLAD", "FD"):
+        method = getattr(p.train, name)
+        if method.learning_rate_min > method.learning_rate:
+            yield f"train.{name}.learning_rate_min", f"must be at most learning_rate ({method.learning_rate})"
+    if p.seed + p.repeats >= 2**63:
+        yield "seed", f"must be less than 2^63 also when repeats ({p.repeats}) raises it"
+    increasing = {
+        "evaluate.eps": p.evaluate.eps,
+        "evaluate.table3.steps": p.evaluate.table3.steps,
+        "ablation.alpha": p.ablation.alpha,
+    }
+    for name, values in increasing.items():
+        if any(a >= b for a, b in pairwise(values)):
+            yield name, f"must increase from value to value, without repeats; got {values}"
+
+
+def profiles() -> list[str]:
+    """Names of the profiles in params/."""
+    found = sorted(path.stem for path in (ROOT / "params").glob("*.yaml"))
+    if not found:
+        raise ParamsError(f"no profiles in {ROOT / 'params'}: set FAITHKD_HOME to your clone of faithkd")
+    return found
+
+
+def load(profile: str = "digits", overrides=None) -> Params:
+    """Read params/<profile>.yaml, apply overrides and check everything.
+
+    `overrides`: {"train.epochs": 2} or ["train.epochs=2"], by dotted leaf names. Raises ParamsError.
+    """
+    path = _path(profile)
+    raw, changes = _read(path), _parse(overrides)
+    for name in sorted(changes):
+        _set(raw, name, changes[name], path)
+    if clash := {"profile", "overrides"} & raw.keys():
+        raise ParamsError(f"{_short(path)}: {' and '.join(sorted(clash))} cannot be set in a profile")
+    try:
+        p = Params.model_validate({**raw, "profile": profile, "overrides": changes})
+    except ValidationError as error:
+        raise ParamsError(_explain(error, path, raw, changes)) from None
+    for kind in ("settings", "readings"):
+        for place, text in enumerate(getattr(p.ablation, kind)):
+            try:
+                changed(p, text)
+                if kind == "settings" and (other := [name for name in _parse(text.split()) if not FD_ONLY.match(name)]):
+                    raise ParamsError(f"{other[0]} is no setting of FD's alone; put it in ablation.readings")
+            except ParamsError as error:
+                where = "override" if f"ablation.{kind}" in changes else _short(path)
+                raise ParamsError(f"{where}: ablation.{kind}[{place}], {text!r}:\n{error}") from None
+    return p
+
+
+def plain(p: Params) -> Params:
+    """The profile of `p` as it stands in its file, but with the seed of `p`."""
+    path = _path(p.profile)
+    return _plain(p.profile, path, path.stat().st_mtime_ns).model_copy(update={"seed": p.seed})
+
+
+@lru_cache(maxsize=8)
+def _plain(profile: str, _path: Path, _written: int) -> Params:
+    return load(profile)
+
+
+def changed(p: Params, text: str) -> Params:
+    """The parameters with the overrides in `text`, as in "data.space=pixel data.clip=true", and no further changes."""
+    none = {"ablation.settings": [], "ablation.readings": []}
+    return load(p.profile, {**p.overrides, "seed": p.seed, **_parse(text.split()), **none})
+
+
+def describe(p: Params) -> list[tuple[str, str, str]]:
+    """Every parameter as (name, value, reason); the reason is the comment beside it in the YAML file."""
+    path = _path(p.profile)
+    text = path.read_text(encoding="utf-8")
+    written = YAML().load(text)
+    was, now = leaves(written), leaves(p.model_dump(exclude={"profile", "overrides"}))
+    rows = []
+    for name in sorted(now, key=lambda name: list(was).index(name) if name in was else len(was)):
+        reason = _comment(written, text.splitlines(), name) if name in was else ""
+        if any(name == key or name.startswith(key + ".") for key in p.overrides):
+            reason = f"override (profile: {was.get(name, 'not set')}; {reason})"
+        rows.append((name, str(now[name]), reason))
+    return rows
+
+
+def _comment(written, lines, name: str) -> str:
+    """The comment at the end of the line on which a dotted name stands."""
+    *above, last = name.split(".")
+    for part in above:
+        written = written[part]
+    return lines[written.lc.key(last)[0]].partition(" # ")[2].strip()
+
+
+def _path(profile: str) -> Path:
+    names = profiles()
+    if profile not in names:
+        hint = _did_you_mean(str(profile), names)
+        raise ParamsError(f"there is no profile {profile!r}{hint}; profiles: {', '.join(names)}")
+    return ROOT / "params" / f"{profile}.yaml"
+
+
+def _short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _yaml(text: str):
+    return YAML(typ="safe", pure=True).load(text)  # YAML 1.2: 8/255 stays text, and so does yes
+
+
+def _read(path: Path) -> dict:
+    try:
+        raw = _yaml(path.read_text(encoding="utf-8"))
+    except (YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, a date that is none, 5000 digits
+        where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        raise ParamsError(f"{_short(path)}{where}: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{_short(path)}: must hold names and values, such as 'seed: 0'")
+    return raw
+
+
+def _parse(overrides) -> dict:
+    """Overrides of any form as {dotted name: plain value}."""
+    if isinstance(overrides, dict):
+        return {str(name): value for name, value in overrides.items()}
+    if not isinstance(overrides, str | list | tuple | None):
+        raise ParamsError(f"overrides are {overrides!r:.60}: give names and values, such as {{'train.epochs': 2}}")
+    changes = {}
+    for item in [overrides] if overrides and isinstance(overrides, str) else overrides or []:
+        name, equals, text = str(item).partition("=")
+        name, problem = name.strip(), "" if equals else " (it has no =)"
+        try:
+            value = _yaml(text)
+        except (YAMLError, ValueError) as error:
+            problem = f" ({getattr(error, 'problem', None) or error})"
+        if problem or not name:
+            raise ParamsError(f"override {item!r:.60}: write name=value, for example train.epochs=2{problem}")
+        if repr(changes.setdefault(name, value)) != repr(value):
+            raise ParamsError(f"override {item!r}: {name} is already set to {changes[name]!r}; give it once")
+    return changes
+
+
+def leaves(tree: dict, prefix: str = "") -> dict:
+    """{"a.b": value} for every value that is not itself a mapping."""
+    found = {}
+    for name, value in tree.items():
+        inside = isinstance(value, dict)
+        found |= leaves(value, f"{prefix}{name}.") if inside else {f"{prefix}{name}": value}
+    return found
+
+
+def _set(raw: dict, name: str, value, path: Path) -> None:
+    """Replace one leaf of `raw` in place."""
+    known = list(leaves(raw))
+    groups = [group for group in GROUP_LEAVES if any(leaf.startswith(group + ".") for leaf in known)]
+    names = known + groups
+    if name not in names:
+        inside = [leaf for leaf in names if leaf.startswith(name + ".")]
+        some = ", ".join(inside[:4]) + (", …" if len(inside) > 4 else "")
+        hint = f" but a group; set one of {some}" if inside else _did_you_mean(name, names)
+        raise ParamsError(f"override {name}={value}: {name} is not a parameter of {_short(path)}{hint}")
+    *above, last = name.split(".")
+    for part in above:
+        raw = raw[part]
+    raw[last] = value
+
+
+def _did_you_mean(name: str, names) -> str:
+    """'; did you mean …?' by likeness of the whole dotted name or, failing that, of its last part."""
+    by_case = {known.lower(): known for known in names}
+    by_end = {known.lower().split(".")[-1]: known for known in reversed(names)}
+    for text, known in ((name.lower(), by_case), (name.lower().split(".")[-1], by_end)):
+        if close := difflib.get_close_matches(text, known, n=1):
+            return f"; did you mean {known[close[0]]}?"
+    return ""
+
+
+def _explain(error: ValidationError, path: Path, raw: dict, changes: dict) -> str:
+    """One line per problem: where it stands, its dotted name, what is wrong, what was meant."""
+    lines = []
+    errors = error.errors()
+    missing = [_dotted(e) for e in errors if e["type"] == "missing"]
+    for e in errors:
+        if not e["loc"] and e["type"] == "value_error":  # contradictions carry their names themselves
+            settings = ", ".join(f"{name}={value}" for name, value in changes.items())
+            where = _short(path) + (f" with override {settings}" if settings else "")
+            lines += [f"{where}: {problem}" for problem in str(e["ctx"]["error"]).split("\n")]
+            continue
+        name = _dotted(e)
+        setter = next((key for key in changes if re.match(re.escape(key) + r"(?![^.\[])", name)), None)
+        where = _short(path) if setter is None else f"override {setter}={changes[setter]!s:.60}"
+        lines.append(f"{where}: {name}: {_what(e, name, missing)}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _dotted(e: dict) -> str:
+    """Where a pydantic error lies, as written in the file: without the network's kind, places as [2]."""
+    name = ""
+    for part in e["loc"]:
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif part not in ("fully_connected", "convolutional", "[key]"):
+            name += f".{part}" if name else part
+    return name + (".kind" if e["type"].startswith("union_tag") else "")
+
+
+def _what(e: dict, name: str, missing: list[str]) -> str:
+    """A pydantic error in plain words."""
+    known = {
+        "missing": "is missing",
+        "extra_forbidden": "is not a parameter here" + _did_you_mean(name, missing),
+        "int_type": "must be a whole number",
+        "bool_type": "must be true or false",
+        "list_type": "must be a list such as [1, 2]",
+        "string_type": "must be text",
+        "dict_type": "must hold names and values",
+        "model_type": "must hold names and values",
+        "model_attributes_type": "must hold names and values",
+        "union_tag_not_found": "is missing: fully_connected or convolutional",
+        "union_tag_invalid": "must be fully_connected or convolutional",
+        "string_pattern_mismatch": "must be auto, cpu, mps, cuda or cuda:<number>",
+        "greater_than": "must be greater than {gt}",
+        "greater_than_equal": "must be at least {ge}",
+        "less_than": "must be less than {lt}",
+        "less_than_equal": "must be at most {le}",
+        "literal_error": "must be {expected}",
+        "too_short": "must have at least {min_length} value(s)",
+        "too_long": "must have at most {max_length} value(s)",
+        "value_error": "{error}",
+    }
+    text = known[e["type"]].format(**e.get("ctx", {})) if e["type"] in known else e["msg"]
+    given = repr(e.get("ctx", {}).get("tag", e["input"]))
+    if e["type"] in ("missing", "extra_forbidden", "union_tag_not_found"):
+        return text
+    return f"{text}, got {given if len(given) <= 60 else given[:59] + '…'}"

@@ -1,0 +1,297 @@
+"""The bounds on whatever a caller brings: networks, images and processes of every kind. Truth is torch's in float64."""
+
+import copy
+import math
+import multiprocessing
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+
+import pytest
+import torch
+from pairs import chain_of_tiny_weights, fully_connected, gap, points
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from faithkd.bounds import faithfulness_upper_bound, joint, linear
+from faithkd.errors import FaithkdError
+
+METHODS = ("interval", "crown", "alpha-crown", "lp", "milp", "joint", "bab", "best")
+
+
+def bound(teacher, student, x, eps, method, **keywords):
+    return faithfulness_upper_bound(teacher, student, x, eps, method=method, nodes=6, **{"jobs": 1} | keywords)
+
+
+def pair():
+    return fully_connected(3, 5, 3), fully_connected(3, 4, 3, seed=1)
+
+
+def assert_right(teacher, student, x, eps=0.2, methods=METHODS):
+    """Nothing in the ball above any bound; at eps = 0 the difference itself, of exactly these weights."""
+    real = [copy.deepcopy(network).double() for network in (teacher, student)]
+    x = x.detach()
+    with torch.no_grad():
+        for method in methods:
+            found = bound(teacher, student, x, eps, method)
+            for n in range(len(x)):
+                assert gap(*real, points(x[n : n + 1], eps)).max() <= found.values[n] <= 1
+            exact = bound(teacher, student, x, 0.0, method).values - gap(*real, x.double())
+            assert (exact >= -1e-15).all() and (exact < 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_and_images_of_any_precision(dtype):
+    teacher, student = (network.to(dtype) for network in pair())
+    for other in (torch.float16, torch.float32):
+        assert_right(teacher, student, torch.randn(2, 3).to(other), methods=("crown", "best"))
+
+
+def test_images_with_gradients_integers_and_inference_mode():
+    teacher, student = pair()
+    assert_right(teacher, student, torch.randn(2, 3, requires_grad=True))
+    assert_right(teacher, student, torch.tensor([[0, 1, 2], [3, 1, 0]], dtype=torch.uint8), methods=("crown", "best"))
+    with torch.inference_mode():
+        made_here = copy.deepcopy(teacher)
+        x = torch.randn(2, 3, dtype=torch.float64)
+        for method in METHODS:
+            found = bound(made_here, student, x, 0.2, method)
+            assert (gap(teacher, student, x) <= found.values).all()
+
+
+def test_a_layer_may_hold_anything_beside_its_weights():
+    teacher, student = pair()
+    teacher[0].lock = threading.Lock()  # can be neither copied nor sent to another process
+    weight = teacher[2].weight.data
+    del teacher[2].weight
+    teacher[2].weight = weight  # no Parameter, and torch computes with it all the same
+    x = torch.randn(4, 3, dtype=torch.float64)
+    found = bound(teacher, student, x, 0.1, "crown")
+    with torch.no_grad():
+        assert all(
+            gap(teacher, student, points(z[None], 0.1)).max() <= top for z, top in zip(x, found.values, strict=True)
+        )
+
+
+class Called(nn.Sequential):
+    def __call__(self, z):
+        return 2 * super().__call__(z)
+
+
+class Forward(nn.Sequential):
+    def forward(self, z):
+        return 2 * super().forward(z)
+
+
+class Layer(nn.Linear):
+    def forward(self, z):
+        return 2 * super().forward(z)
+
+
+class Weight(torch.Tensor):
+    pass
+
+
+def changed(what):
+    """A network that computes something else than its plain layers would, or holds no numbers."""
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    layer = network[0]
+    if what == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif what == "pre-hook":
+        network.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    elif what == "own forward":
+        layer.forward = lambda z: nn.functional.linear(2 * z, layer.weight, layer.bias)
+    elif what == "parametrization":
+        nn.utils.parametrizations.weight_norm(layer)
+    elif what == "weight norm":
+        nn.utils.spectral_norm(layer)
+    elif what == "meta":
+        network.to("meta")
+    elif what == "sparse":
+        layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+    elif what == "complex":
+        layer.weight = nn.Parameter(layer.weight.detach() + 0j)
+    elif what == "subclass of Tensor":
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Weight))
+    elif what == "no weight":
+        del layer.weight
+    elif what == "dropout":
+        network.insert(1, nn.Dropout()).train()
+    elif what == "subclass of Linear":
+        network[0] = Layer(3, 4)
+    return {"forward": Forward(*network), "call": Called(*network)}.get(what, network)
+
+
+CHANGES = {
+    **{
+        "hook": "forward hook",
+        "pre-hook": "forward hook",
+        "own forward": "forward hook",
+        "weight norm": "forward hook",
+    },
+    **{"parametrization": "remove_parametrizations", "dropout": "leave it out", "subclass of Linear": "is a Layer"},
+    **{"forward": "is a Forward", "call": "is a Called", "meta": "on the meta device", "sparse": "sparse"},
+    **{"complex": "not a real", "subclass of Tensor": "Weight", "no weight": "NoneType"},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_is_not_its_plain_layers_is_refused(what):
+    network, good = changed(what), nn.Sequential(nn.Linear(3, 3))
+    for teacher, student in ((network, good), (good, network)):
+        with pytest.raises(FaithkdError, match=CHANGES[what]):
+            bound(teacher, student, torch.zeros(1, 3), 0.1, "crown")
+
+
+def test_a_hook_on_all_modules_is_refused():
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: 2 * output)
+    try:
+        with pytest.raises(FaithkdError, match="hook on all modules"):
+            bound(*pair(), torch.zeros(1, 3), 0.1, "crown")
+    finally:
+        hook.remove()
+
+
+def steep(low):
+    """A pair whose difference is largest at the upper end of the ball, however far that is: f_t(low) = 1/2."""
+    teacher, student = (nn.Sequential(nn.Linear(1, 2)).double() for _ in range(2))
+    with torch.no_grad():
+        teacher[0].weight.copy_(torch.tensor([[1e3], [-1e3]]))
+        teacher[0].bias.copy_(torch.tensor([-1e3 * low, 1e3 * low], dtype=torch.float64))
+        student[0].weight.zero_()
+        student[0].bias.copy_(torch.tensor([-50.0, 50.0]))
+    return teacher, student
+
+
+@pytest.mark.parametrize("method", ["bab", "best"])
+@pytest.mark.parametrize("eps", [0.2, 1e-3, 1e-9, 0.0])
+@pytest.mark.parametrize("end", [0.1, 0.0999, None])
+def test_witnesses_lie_in_ball_and_clip_in_exact_numbers(method, eps, end):
+    """0.1 is no float32, and 0.0999 as float32 lies above it by rounding: there the ball comes before clip."""
+    x = torch.tensor([[0.0999], [0.05]])
+    clip = None if end is None else (torch.tensor(-1.0), torch.tensor(end, dtype=torch.float64))
+    found = bound(*steep(0.1), x, eps, method, clip=clip)
+    for image, witness in zip(x.flatten().tolist(), found.witnesses.flatten().tolist(), strict=True):
+        assert abs(Fraction(witness) - Fraction(image)) <= Fraction(eps)
+        assert end is None or Fraction(witness) <= Fraction(end) or Fraction(image) - Fraction(eps) > Fraction(end)
+    with torch.no_grad():
+        assert (found.lower - gap(*steep(0.1), found.witnesses)).abs().max() < 1e-12
+    assert (found.lower <= found.values).all()
+
+
+def test_lower_ends_stay_below_where_logits_cancel():
+    """Logits of 1e17 hold no digit of their differences: float64's values at a point may lie above the truth."""
+    for seed in range(6):
+        teacher, student = fully_connected(3, 4, 3, seed=seed), fully_connected(3, 4, 3, seed=seed + 9)
+        with torch.no_grad():
+            teacher[2].bias += 1e17
+            student[2].bias -= 1e16
+        found = bound(teacher, student, torch.randn(3, 3), 0.1, "best")
+        assert (found.lower <= found.values).all() and (found.lower >= 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_underflow(method):
+    teacher, student, truth = chain_of_tiny_weights()
+    found = bound(teacher, student, torch.ones(1, 1), 0.1, method)
+    assert truth <= found.values.item() <= 1 and (found.lower is None or found.lower <= found.values)
+
+
+@pytest.mark.parametrize("first", [(), (nn.Flatten(),), (nn.ReLU(),)])
+def test_networks_without_an_affine_layer(first):
+    assert_right(nn.Sequential(*first), nn.Sequential(nn.ReLU()), torch.randn(2, 3), methods=("crown", "lp", "milp"))
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor made inside has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **keywords or {})
+        if isinstance(made, torch.Tensor) and not made._is_view():  # an expanded one takes no memory
+            self.numbers = max(self.numbers, made.untyped_storage().nbytes() // made.element_size())
+        return made
+
+
+def test_memory_grows_with_the_square_of_the_classes(monkeypatch):
+    """All rows of 60 classes at once are 212,400 numbers; what must be there are the 3,600 differences, some times."""
+    monkeypatch.setattr(linear, "BUDGET", 2**12)
+    x = torch.randn(1, 4)
+    with Largest() as largest:
+        found = bound(fully_connected(4, 5, 60), fully_connected(4, 60, seed=1), x, 0.1, "crown")
+    assert largest.numbers <= 16_000 and 0 < found.values.item() <= 1
+
+
+def test_a_search_ends_where_its_memory_does(monkeypatch):
+    """And what it found by then is a bound like any other."""
+    monkeypatch.setattr(joint, "ROOM", 20_000)
+    teacher, student = pair()
+    x = torch.randn(2, 3, dtype=torch.float64)
+    found = faithfulness_upper_bound(teacher, student, x, 0.8, method="bab", nodes=5000, tolerance=0.0)
+    assert (found.nodes < 1000).all() and all(said.startswith("stopped at") for said in found.status)
+    with torch.no_grad():
+        assert all(gap(teacher, student, points(x[n : n + 1], 0.8)).max() <= found.values[n] for n in range(2))
+
+
+@pytest.mark.parametrize("jobs", [1.5, "2", 0, -3, True, math.nan])
+def test_jobs_are_a_whole_number(jobs):
+    with pytest.raises(FaithkdError, match="jobs must be a whole number"):
+        bound(*pair(), torch.zeros(2, 3), 0.1, "best", jobs=jobs)
+
+
+def best_of_four():
+    teacher, student = pair()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    found = bound(teacher, student, x, 0.1, "best", jobs=2)
+    with torch.no_grad():
+        assert (gap(teacher, student, x) <= found.values).all() and (found.values <= 1).all()
+
+
+SCRIPT = """
+import multiprocessing, os, threading
+from test_bound_callers import best_of_four
+
+best_of_four()  # in two processes, without if __name__ == "__main__"
+done = []
+threads = [threading.Thread(target=lambda: done.append(best_of_four())) for _ in range(2)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert len(done) == 2
+for daemon in (True, False):  # joblib's workers are still there, but not for a forked copy
+    process = multiprocessing.get_context("fork").Process(target=best_of_four, daemon=daemon)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0, process.exitcode
+if not (child := os.fork()):
+    best_of_four()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print("all done")
+"""
+
+
+def test_best_in_scripts_threads_and_forks(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", tmp_path / "script.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert ran.stdout.endswith("all done\n"), ran.stderr
+
+
+def test_best_in_a_daemonic_process_that_was_spawned():
+    process = multiprocessing.get_context("spawn").Process(target=best_of_four, daemon=True)
+    process.start()
+    process.join(200)
+    code = process.exitcode
+    process.kill()
+    assert code == 0

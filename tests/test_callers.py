@@ -1,0 +1,436 @@
+"""Whatever a caller brings: a value that plain torch confirms in float64, or one clear error; and all is left alone."""
+
+import threading
+import warnings
+from copy import deepcopy
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+import faithkd
+from faithkd import arguments, attacks, evaluation, models
+from faithkd.errors import FaithkdError
+
+HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+QUICK = {"steps": 5, "restarts": 1}
+
+
+def mlp(*widths, seed=0, scale=2.0):
+    torch.manual_seed(seed)
+    layers = [part for pair in zip(widths[:-1], widths[1:], strict=True) for part in (nn.Linear(*pair), nn.ReLU())]
+    network = nn.Sequential(*layers[:-1])
+    for weight in network.parameters():
+        weight.data *= scale
+    return network
+
+
+TEACHER, STUDENT, X, Y = mlp(4, 8, 3), mlp(4, 6, 3, seed=1), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+
+
+def gap(teacher, student, z):
+    """The difference in confidence, by torch's own modules in float64."""
+    teacher, student = (deepcopy(network).double().eval() for network in (teacher, student))
+    with torch.no_grad():
+        return (teacher(z.double()).softmax(1) - student(z.double()).softmax(1)).abs().amax(1)
+
+
+def inside(z, x, eps, low=None, high=None):
+    """Whether points lie in ball and clip, in exact arithmetic."""
+    ends = [None if end is None else torch.as_tensor(end, dtype=DOUBLE).expand(x.shape) for end in (low, high)]
+    for place, (a, b) in enumerate(zip(z.flatten().tolist(), x.flatten().tolist(), strict=True)):
+        assert abs(Fraction(a) - Fraction(b)) <= Fraction(eps)
+        assert ends[0] is None or a >= float(ends[0].flatten()[place])
+        assert ends[1] is None or a <= float(ends[1].flatten()[place])
+    return True
+
+
+@pytest.mark.parametrize("images", [HALF, BRAIN, SINGLE, DOUBLE])
+@pytest.mark.parametrize("weights", [(HALF, HALF), (BRAIN, SINGLE), (SINGLE, DOUBLE), (DOUBLE, DOUBLE)])
+def test_a_lower_bound_is_the_value_of_the_callers_weights_in_any_precision(weights, images):
+    teacher, student, x = TEACHER, STUDENT, X.to(images)
+    teacher, student = (deepcopy(net).to(kind) for net, kind in zip((teacher, student), weights, strict=True))
+    with torch.no_grad():
+        teacher[2].bias += 1000  # no confidence changes but by rounding
+    for eps in (0.0, 0.1):
+        found = faithkd.empirical_lower_bound(teacher, student, x, eps, **QUICK)
+        assert torch.allclose(found.values, gap(teacher, student, found.witnesses), rtol=0, atol=1e-12)
+        assert inside(found.witnesses, x, eps)
+        wide = evaluation.strong_lower_bound(teacher, student, x, eps, classes=1, **QUICK)
+        assert (wide.values >= found.values).all() and inside(wide.witnesses, x, eps)
+        assert torch.allclose(wide.values, gap(teacher, student, wide.witnesses), rtol=0, atol=1e-12)
+        upper = faithkd.faithfulness_upper_bound(teacher, student, x, eps)
+        assert (wide.values <= upper.values).all()
+
+
+@given(st.floats(-1e3, 1e3), st.floats(0, 10), st.floats(0, 1), st.sampled_from([SINGLE, DOUBLE]))
+@settings(max_examples=300, deadline=None)
+def test_corners_lie_in_the_exact_ball_and_in_clip(value, eps, share, kind):
+    x = torch.tensor([[value]], dtype=kind)
+    low, high = x.double() - share * eps, x.double() + (1 - share) * eps / 2
+    for clip, ends in ((None, ()), ((low, high), (low, high))):
+        for corner in attacks.ball(x, eps, clip):
+            assert inside(corner, x, eps, *ends)
+
+
+def test_an_image_beyond_clip_by_a_rounding_is_brought_back_as_far_as_the_ball_allows():
+    x = torch.tensor([[0.1, 0.9]])  # 0.1 in float32 is above 0.1, and 0.9 below 0.9
+    teacher, student = mlp(2, 4, 3), mlp(2, 4, 3, seed=1)
+    for clip in ((0.0, torch.tensor([0.1, 0.9], dtype=DOUBLE)), (torch.tensor([[0.0, 0.2]]), np.array([0.1, 0.9]))):
+        found = faithkd.empirical_lower_bound(teacher, student, x, 0.05, clip=clip, **QUICK)
+        assert inside(found.witnesses, x, 0.05, *clip)
+        assert torch.equal(faithkd.empirical_lower_bound(teacher, student, x, 0.0, clip=clip, **QUICK).witnesses, x)
+
+
+def test_clip_may_differ_from_image_to_image_and_from_chunk_to_chunk(monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK", 2)
+    high = X + torch.linspace(0, 0.1, 5)[:, None]
+    clip = (-10, high)
+    for witnesses in (
+        evaluation.robust(TEACHER, X, Y, 0.3, clip=clip).witnesses,
+        evaluation.agreement(TEACHER, STUDENT, X, 0.3, clip=clip).witnesses,
+        evaluation.hardest(TEACHER, X, Y, 0.3, clip=clip),
+        evaluation.auto_attack(TEACHER, X, Y, 0.3, clip=clip).witnesses,
+    ):
+        assert inside(witnesses, X, 0.3, -10, high)
+
+
+# Networks on images of 1 × 8 × 8 that begin with what PGD has a quicker form of, and do something else.
+class Shifted(nn.Sequential):
+    def forward(self, x):
+        return super().forward((x - 0.5) / 0.1)
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(10 * x - 5)
+
+
+class OwnInit(nn.Sequential):
+    def __init__(self, width):
+        super().__init__(nn.Conv2d(1, width, 3, 2), nn.Flatten(), nn.Linear(9 * width, 2))
+
+
+def plain(first=None):
+    torch.manual_seed(0)
+    return nn.Sequential(first or nn.Conv2d(1, 4, 3, 2), nn.Flatten(), nn.Linear(36, 2))
+
+
+def hooked(register, of_first, hook):
+    network = plain()
+    getattr(network[0] if of_first else network, register)(hook)
+    return network
+
+
+def patched():
+    network = plain()
+    network.forward = lambda x: nn.Sequential.forward(network, 10 * x - 5)
+    return network
+
+
+def changed(change):
+    network = plain()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the older forms are deprecated, and in use
+        change(network[0])
+    return network
+
+
+LINEAR = {
+    "plain": plain,
+    "own forward": lambda: Shifted(*plain()),
+    "own first layer": lambda: plain(OwnConv(1, 4, 3, 2)),
+    "own __init__": lambda: OwnInit(4),
+    "hook before": lambda: hooked("register_forward_pre_hook", False, lambda _, inputs: (10 * inputs[0] - 5,)),
+    "hook before the first layer": lambda: hooked(
+        "register_forward_pre_hook", True, lambda _, inputs: (10 * inputs[0] - 5,)
+    ),
+    "hook after": lambda: hooked("register_forward_hook", False, lambda *found: 3 * found[2].flip(1)),
+    "forward replaced": patched,
+    "spectral norm": lambda: changed(parametrizations.spectral_norm),
+    "weight norm": lambda: changed(weight_norm),
+    "pruned": lambda: changed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_what_is_attacked_is_the_callers_network(name):
+    """Logits are affine in x: class 0 keeps its place in the ball if its lead is above ε times the ℓ1 norm of a."""
+    network = LINEAR[name]().eval()
+    x = torch.rand(12, 1, 8, 8)
+    z = x.clone().requires_grad_(True)
+    logits = network(z)
+    y = logits.argmax(1)
+    lead = (logits.gather(1, y[:, None]) - logits.gather(1, 1 - y[:, None]))[:, 0]
+    steep = torch.autograd.grad(lead.sum(), z)[0].flatten(1).abs().sum(1)
+    distance = (lead / steep).detach()
+    eps = float(distance.median()) * 1.02
+    wanted = distance > eps
+    assert 0 < int(wanted.sum()) < 12
+    for holds in (
+        evaluation.robust(network, x, y, eps).holds,
+        evaluation.auto_attack(network, x, y, eps).holds,
+        evaluation.predictions(network, evaluation.hardest(network, x, y, eps)) == y,
+    ):
+        assert torch.equal(holds, wanted)
+    assert (models.on_blocks(network, (1, 8, 8)) is None) == (name != "plain")
+
+
+class Block(nn.Module):
+    """Batch norm, a residual, an activation that no bound knows, and logits by a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.norm, self.after = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.norm.running_mean += 0.3
+
+    def forward(self, x):
+        return self.after(x + nn.functional.gelu(self.norm(self.before(x)))).view(-1, 3)
+
+
+class Functional(nn.Module):
+    """Weights that are no parameters, as in functional training loops."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.inner = [network]
+        self.own = {name: weight.detach() for name, weight in network.state_dict().items()}
+
+    def forward(self, x):
+        return torch.func.functional_call(self.inner[0], self.own, (x.float(),))
+
+
+def exported(network):
+    shapes = ({0: torch.export.Dim("images")},)
+    return torch.export.export(network, (X,), dynamic_shapes=shapes).module()
+
+
+WRAPPED = {
+    "module": lambda network: network,
+    "wrapped": nn.Sequential,
+    "functional": Functional,
+    "traced by fx": torch.fx.symbolic_trace,
+    "traced": lambda network: torch.jit.trace(network, X),
+    "scripted": torch.jit.script,
+    "exported": exported,
+    "on several devices": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_any_module_that_returns_logits_will_do(name):
+    torch.manual_seed(0)
+    network = Block().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = WRAPPED[name](network)
+        found = faithkd.empirical_lower_bound(wrapped, STUDENT, X, 0.1, **QUICK)
+        holds = evaluation.robust(wrapped, X, Y, 0.0).holds
+        agrees = evaluation.agreement(wrapped, STUDENT, X, 0.0).holds
+    assert torch.allclose(found.values, gap(network, STUDENT, found.witnesses), rtol=0, atol=1e-12)
+    assert torch.equal(found.values, faithkd.empirical_lower_bound(network, STUDENT, X, 0.1, **QUICK).values)
+    classes = [net(X).argmax(1) for net in (network, STUDENT)]
+    assert torch.equal(holds, classes[0] == Y) and torch.equal(agrees, classes[0] == classes[1])
+
+
+def constant():
+    network = nn.Sequential(nn.Flatten())
+    network.register_forward_hook(lambda _, inputs, z: torch.ones_like(z))
+    return network
+
+
+def test_networks_without_weights_or_slopes_have_values():
+    for network in (nn.Sequential(), nn.Sequential(nn.ReLU(inplace=True)), constant()):
+        found = faithkd.empirical_lower_bound(network, network, X, 0.1, **QUICK)
+        assert found.values.tolist() == [0] * 5
+        assert evaluation.robust(network, X, Y, 0.0).holds.shape == (5,)
+
+
+CALLS = {
+    "empirical_lower_bound": lambda t, s, x, y, *eps, **o: faithkd.empirical_lower_bound(t, s, x, *eps, **o),
+    "strong_lower_bound": lambda t, s, x, y, *eps, **o: evaluation.strong_lower_bound(t, s, x, *eps, **o),
+    "agreement": lambda t, s, x, y, *eps, **o: evaluation.agreement(t, s, x, *eps, **o),
+    "robust": lambda t, s, x, y, *eps, **o: evaluation.robust(t, x, y, *eps, **o),
+    "hardest": lambda t, s, x, y, *eps, **o: evaluation.hardest(t, x, y, *eps, **o),
+    "auto_attack": lambda t, s, x, y, *eps, **o: evaluation.auto_attack(t, x, y, *eps, **o),
+    "upper bound": lambda t, s, x, y, *eps, **o: faithkd.faithfulness_upper_bound(t, s, x, *eps, **o),
+    "best": lambda t, s, x, y, *eps, **o: faithkd.faithfulness_upper_bound(
+        t, s, x, *eps, method="best", nodes=2, jobs=1, **o
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_callers_process_networks_and_images_are_left_alone(name, mode):
+    teacher, student = nn.Sequential(nn.ReLU(inplace=True), *TEACHER), deepcopy(STUDENT)
+    if name not in ("upper bound", "best"):  # these know no batch norm
+        teacher = nn.Sequential(nn.ReLU(inplace=True), Block(), nn.BatchNorm1d(3)).train()
+    student[0].weight.requires_grad_(False)
+    with mode():
+        x, y = torch.randn(5, 4), Y.clone()
+    if mode is torch.enable_grad:
+        x.requires_grad_(True)
+
+    def state():
+        weights = [(w.requires_grad, w.grad, w.dtype) for n in (teacher, student) for w in n.parameters()]
+        values = [value.tolist() for n in (teacher, student) for value in n.state_dict().values()]
+        modes = [part.training for n in (teacher, student) for part in n.modules()]
+        torch_wide = torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        random = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()  # noqa: NPY002
+        return weights, values, modes, torch_wide, random, x.tolist(), x.grad, y.tolist(), torch.get_default_dtype()
+
+    with mode():
+        before = state()
+        CALLS[name](teacher, student, x, y, 0.1)
+        assert state() == before
+
+
+def test_threads_share_networks_in_training_mode():
+    torch.manual_seed(0)
+    teacher, found = Block().train(), {}
+    wanted = faithkd.empirical_lower_bound(teacher, STUDENT, X, 0.1, **QUICK).values
+
+    def work(place):
+        found[place] = faithkd.empirical_lower_bound(teacher, STUDENT, X, 0.1, **QUICK).values
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[place], wanted) for place in range(4)) and teacher.norm.training
+
+
+WRONG = [
+    *(
+        ({"eps": eps}, "eps must be")
+        for eps in (-0.1, float("nan"), float("inf"), True, "0.1", None, torch.ones(2), 1j)
+    ),
+    ({"x": X * float("nan")}, "x holds NaN or infinity, first in image 0"),
+    ({"x": X[0]}, "give a batch"),
+    ({"x": X.numpy()}, "x must be a real torch.Tensor"),
+    ({"x": X.to(torch.complex64)}, "x must be a real torch.Tensor"),
+    ({"x": X.to_sparse()}, "x must be a dense tensor"),
+    ({"x": torch.randn(5, 3)}, "teacher|network"),
+    ({"clip": (0.0, 0.001)}, "x lies outside clip"),
+    ({"clip": (float("nan"), 1)}, "clip holds NaN"),
+    ({"clip": (-9.0, torch.ones(3))}, "clip must be"),
+    ({"clip": 9.0}, "clip must be"),
+    ({"seed": 1.5}, "seed must be"),
+    ({"seed": -1}, "seed must be"),
+    ({"seed": 2**64}, "seed must be"),
+    ({"teacher": mlp(4, 3).to("meta")}, "layer 0: the weight has no values"),
+    ({"teacher": nn.Sequential(nn.LazyLinear(3))}, "layer 0.*(the weight has no values|LazyLinear)"),
+    ({"teacher": torch.relu}, "teacher|network"),
+    ({"teacher": mlp(4, 1)}, "C >= 2 classes"),
+    ({"student": mlp(4, 5, 7)}, "the teacher has 3 classes and the student 7"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize(("change", "message"), WRONG)
+@pytest.mark.parametrize("name", CALLS)
+def test_every_function_refuses_the_same_in_the_same_words(name, change, message):
+    given = {"teacher": TEACHER, "student": STUDENT, "x": X, "eps": 0.1} | change
+    options = {key: value for key, value in given.items() if key in ("clip", "seed")}
+    if (
+        name == "upper bound"
+        and "seed" in options
+        or "student" in change
+        and name in ("robust", "hardest", "auto_attack")
+    ):
+        pytest.skip("it takes no such argument")
+    with pytest.raises(FaithkdError, match=message):
+        CALLS[name](given["teacher"], given["student"], given["x"], Y, given["eps"], **options)
+
+
+@pytest.mark.parametrize("name", ["steps", "restarts"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
+def test_budgets_are_whole_numbers(name, value):
+    for call in ("empirical_lower_bound", "strong_lower_bound", "agreement", "robust", "hardest"):
+        with pytest.raises(FaithkdError, match=f"{name} must be a whole number >= 1"):
+            CALLS[call](TEACHER, STUDENT, X, Y, 0.1, **{name: value})
+    with pytest.raises(FaithkdError, match="jobs must be a whole number >= 1"):
+        faithkd.faithfulness_upper_bound(TEACHER, STUDENT, X, 0.1, method="best", jobs=0 if value is None else value)
+
+
+@pytest.mark.parametrize("function", [attacks.ascend, attacks.search])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eps": -1}, "eps"),
+        ({"steps": 1.5}, "steps"),
+        ({"step_size": float("nan")}, "step_size"),
+        ({"x": X[0]}, "batch"),
+    ],
+)
+def test_the_ascent_itself_refuses_them_too(function, change, message):
+    options = {"x": X, "eps": 0.1, "steps": 2, "step_size": 0.1, "generator": torch.Generator()} | change
+    options |= {"restarts": 1} if function is attacks.search else {}
+    with pytest.raises(FaithkdError, match=message):
+        function(lambda z: (z.sum(1), z.sum(1)) if "restarts" in options else z.sum(1), **options)
+
+
+def test_numbers_and_images_of_other_forms_are_taken():
+    wanted = faithkd.empirical_lower_bound(TEACHER, STUDENT, X, 0.5, **QUICK)
+    for eps in (Fraction(1, 2), np.float32(0.5), torch.tensor([0.5]), np.array(0.5)):
+        assert torch.equal(faithkd.empirical_lower_bound(TEACHER, STUDENT, X, eps, **QUICK).values, wanted.values)
+    for kind in (torch.uint8, torch.int64, torch.bool):
+        x = torch.ones(2, 4).to(kind)
+        found = faithkd.empirical_lower_bound(TEACHER, STUDENT, x, 0.0, **QUICK)
+        assert torch.allclose(found.values, gap(TEACHER, STUDENT, x), rtol=0, atol=1e-12)
+
+
+LABELS = {
+    "int32": Y.int(),
+    "uint8": Y.to(torch.uint8),
+    "float": Y.float(),
+    "column": Y[:, None],
+    "one-hot": nn.functional.one_hot(Y, 3),
+    "one-hot of float": nn.functional.one_hot(Y, 3).float(),
+    "list": Y.tolist(),
+    "array": Y.numpy(),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_of_all_forms_are_the_same_labels(name):
+    wanted = TEACHER(X).argmax(1) == Y
+    for call in (evaluation.robust, evaluation.auto_attack):
+        assert torch.equal(call(TEACHER, X, LABELS[name], 0.0).holds, wanted)
+    assert torch.equal(arguments.labels(LABELS[name], 5, 3), Y)
+
+
+@pytest.mark.parametrize(
+    "y", [Y[:2], Y + 1, Y - 1, Y + 0.5, Y * float("nan"), torch.full((5, 3), 1 / 3), None, "abcde"]
+)
+def test_what_is_no_label_is_refused(y):
+    for call in (evaluation.robust, evaluation.hardest, evaluation.auto_attack):
+        with pytest.raises(FaithkdError, match="y must"):
+            call(TEACHER, X, y, 0.1)
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle a lock")
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Uncopied(4, 3), "cannot be copied.*cannot pickle a lock"),
+        (mlp(4, 2, 3, scale=float("nan")), "layer 0: the weight holds NaN"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))), "returns .'N', 3, 1."),
+        (nn.LSTM(4, 3), "returns tuple"),
+    ],
+)
+def test_networks_that_give_no_logits_are_told(network, message):
+    for call in (evaluation.robust, evaluation.hardest):
+        with pytest.raises(FaithkdError, match=message):
+            call(network, X, Y, 0.1)

@@ -1,0 +1,68 @@
+"""Every printed solution runs after its notebook's cells, and one that ends in a claim ends in a true one."""
+
+import ast
+import json
+import linecache
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+
+from faithkd import notebooks, paths, teaching
+
+CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def run(code: str, names: dict):
+    """The value of the last expression of `code`, executed in the namespace `names`, as a notebook would show it."""
+    name = f"<cell {len(linecache.cache)}>"
+    linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name  # what inspect.getsource reads
+    tree = ast.parse(code)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, name, "exec"), names)
+    return eval(compile(ast.Expression(last.value), name, "eval"), names) if last else None
+
+
+def functions(number: str) -> dict[str, str]:
+    """The functions that a notebook's cells define, by name, as normalised source."""
+    (path,) = (one for one in notebooks.listing() if one.name.startswith(number))
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    trees = [ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    return {node.name: ast.unparse(node) for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("number", "names"),
+    [
+        ("12", "interval program switch softmax_range pair"),
+        ("13", "by_hand interval above over_ball descend softmax_range pair"),
+    ],
+)
+def test_excursions_repeat_what_notebook_09_writes(number, names):
+    """Each notebook opens alone, so what 09 has derived stands folded in 12 and 13: the same text."""
+    first, here = functions("09"), functions(number)
+    for name in names.split():
+        assert here[name] == first[name]
+
+
+@pytest.mark.filterwarnings("default")  # a kernel shows them and goes on
+@pytest.mark.parametrize("path", notebooks.listing(), ids=lambda path: path.stem)
+def test_printed_solutions_run(path, tmp_path, monkeypatch):
+    """On the quick profile; each in the namespace as the cells left it, whatever another solution did to it."""
+    monkeypatch.setenv("FAITHKD_OUTPUTS", str(tmp_path / "log"))
+    monkeypatch.chdir(paths.ROOT / "notebooks")
+    monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
+    notebook, names = json.loads(path.read_text(encoding="utf-8")), {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            run("".join(cell["source"]), names)
+            if "parameters" in cell["metadata"].get("tags", []):
+                names["profile"] = notebooks.QUICK
+    _, solutions = teaching.exercises(notebook)
+    for number, text in solutions.items():
+        left = dict(names)
+        value = run("\n".join(CODE.findall(text)), names)
+        plt.close("all")
+        assert value is not False, f"solution {number} claims what is not so"
+        names.clear()
+        names.update(left)
