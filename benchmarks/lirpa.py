@@ -1,9 +1,8 @@
 """auto_LiRPA, the library behind the alpha,beta-CROWN verifier, as a peer. Installed by hand, see README.md here.
 
-Two ways, each with CROWN and with its optimised slopes ("CROWN-Optimized", the library's own number of steps):
-per network, its 90 logit differences as rows, then eqs (10) and (11) as for our own bounds; and directly on the
-function softmax(g_t(x)) - softmax(g_s(x)), which is what one would try first. It computes in float32 and does not
-round outwards.
+Per network, its C(C-1) logit differences as rows by CROWN or with its optimised slopes ("CROWN-Optimized", the
+library's own number of steps), then eqs (10) and (11) as for our own bounds. It computes in float32 and does not round
+outwards.
 """
 
 import contextlib
@@ -13,54 +12,42 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from faithkd.bounds.graph import check_images, outer_ball
-from faithkd.bounds.linear import as_matrix, difference_rows
-from faithkd.bounds.softmax import pair_bound
+from faithkd.attacks import ball
+from faithkd.bounds import interval_bound, softmax_interval
+from faithkd.errors import FaithkdError
 
-with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-    warnings.simplefilter("ignore")  # it uses parts of torch that newer versions call deprecated
-    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm
-
-# Its default for convolutions, "patches", refuses to optimise through max-pooling and names this mode instead.
-OPTIONS = {"conv_mode": "matrix"}
+with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+    from auto_LiRPA import BoundedModule, BoundedTensor, PerturbationLpNorm  # uses parts of torch that are deprecated
 
 
-class Difference(nn.Module):
-    """softmax(g_t(x)) - softmax(g_s(x)), `(N, C)`, the function whose largest absolute value is delta*."""
+def upper_bound(name: str, teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None) -> Tensor:
+    """One of the two ways by its name in the benchmark: images `(N, *shape)` to `(N,)`.
 
-    def __init__(self, teacher: nn.Module, student: nn.Module):
-        super().__init__()
-        self.teacher, self.student = teacher, student
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(self.teacher(x), 1) - torch.softmax(self.student(x), 1)
-
-
-def per_network(
-    teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None, *, method: str
-) -> Tensor:
-    """FaithUB with bounds of z_j - z_i by auto_LiRPA: images `(N, *shape)` to `(N,)`."""
-    rows, pairs = difference_rows(10 if not len(x) else teacher(x[:1]).shape[1])
-    rows = rows.float().expand(len(x), -1, -1)
-    highest = []
-    for network in (teacher, student):
-        _, upper = bounds(network, x, eps, clip, method, C=rows, bound_lower=False)
-        highest.append(as_matrix(upper.double(), pairs, rows.shape[2]))
-    return pair_bound(*highest)
+    Raises FaithkdError where its optimiser would stand still: torch.clamp must have a gradient at its very ends.
+    """
+    ends = torch.tensor([0.0, 1.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(ends.clamp(0, 1).sum(), ends)
+    if "optimised" in name and not (gradient == 1).all():
+        raise FaithkdError(
+            f"{name}: auto_LiRPA's slopes start at 0 and 1 and never move with torch {torch.__version__}, in which "
+            "clamp has no gradient at its ends; it asks for torch < 2.9"
+        )
+    method = "CROWN-Optimized" if "optimised" in name else "CROWN"
+    highest = (differences(network, x, eps, clip, method) for network in (teacher, student))
+    return interval_bound(*map(softmax_interval, highest))
 
 
-def direct(teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None, *, method: str) -> Tensor:
-    """The larger of |lower| and |upper| of softmax(g_t) - softmax(g_s), at most 1: `(N,)`."""
-    lower, upper = bounds(Difference(teacher, student), x, eps, clip, method)
-    return torch.maximum(-lower, upper).amax(1).double().nan_to_num(1.0).clamp(max=1)
-
-
-def bounds(network: nn.Module, x: Tensor, eps: float, clip, method: str, **options) -> tuple[Tensor, Tensor]:
-    """compute_bounds of one module over the ball, without the library's messages."""
-    low, high = (end.float() for end in outer_ball(check_images(x), eps, clip))
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        bounded = BoundedModule(network.float().eval(), torch.empty_like(low), OPTIONS, device="cpu")
+def differences(network: nn.Module, x: Tensor, eps: float, clip, method: str) -> Tensor:
+    """Largest z_j - z_i of one network, `(N, C, C)` at (i, j), eq. (9), without the library's messages."""
+    unit = torch.eye(network(x[:1]).shape[1])
+    i, j = (1 - unit).nonzero(as_tuple=True)
+    rows = (unit[j] - unit[i]).expand(len(x), -1, -1)
+    low, high = (end.float() for end in ball(x.double(), eps, clip))
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+        options = {"conv_mode": "matrix"}  # its default, "patches", refuses to optimise through max-pooling
+        bounded = BoundedModule(network.float().eval(), torch.empty_like(low), options, device="cpu")
         images = BoundedTensor(x.float(), PerturbationLpNorm(norm=float("inf"), x_L=low, x_U=high))
-        found = bounded.compute_bounds(x=(images,), method=method, **options)
-    return tuple(None if end is None else end.detach() for end in found)
+        _, upper = bounded.compute_bounds(x=(images,), method=method, C=rows, bound_lower=False)
+    highest = torch.zeros(len(x), *unit.shape, dtype=torch.float64)
+    highest[:, i, j] = upper.detach().double()
+    return highest

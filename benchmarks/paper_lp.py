@@ -1,135 +1,96 @@
 """The paper's method as a practitioner would write it: one linear program per logit difference, in gurobipy.
 
-Each ReLU becomes its triangle (Ehlers, 2017) over a box found by CROWN. One model per network and image; the 90
-objectives z_j - z_i are solved one after the other on it, so that each starts from the last basis. What it says is
-the solver's word: within its tolerances, not rounded outwards.
+Each ReLU becomes its triangle (Ehlers, 2017) over a box found by CROWN (Zhang et al., 2018). One model per network and
+image; the C(C-1) objectives z_j - z_i are solved one after the other on it, so that each starts from the last basis.
+What it says is the solver's word: within its tolerances, not rounded outwards.
 """
 
-import functools
 import math
 
 import gurobipy as gp
 import numpy as np
 import torch
-from faithkd.bounds.network import AFFINE, Network, affine, ball, check_images, prepare_pair, windows
 from gurobipy import GRB
 from torch import Tensor, nn
 
-from faithkd.bounds.linear import Box, crown
-from faithkd.bounds.softmax import pair_bound
+from faithkd.attacks import ball
+from faithkd.bounds import interval_bound, softmax_interval
 from faithkd.errors import FaithkdError
 
-
-class LicenceError(FaithkdError):
-    """Gurobi's licence does not take a model of this size: pip's takes 2,000 variables and 2,000 rows."""
+Layers = list[tuple[np.ndarray, np.ndarray]]  # W, b of each linear layer; a ReLU between any two
 
 
 def upper_bound(teacher: nn.Sequential, student: nn.Sequential, x: Tensor, eps: float, clip=None) -> Tensor:
-    """FaithUB by linear programs, eqs (9) to (11): images `(N, *shape)` to `(N,)`.
-
-    Raises LicenceError, and FaithkdError for what `faithfulness_upper_bound` would refuse too.
-    """
-    x = check_images(x)
-    pair = prepare_pair(teacher, student, x)
-    lower, upper = ball(x, eps, clip)
-    highest = [network_differences(network, crown(network, lower, upper)[0]) for network in pair]
-    return pair_bound(*highest)
+    """FaithUB by linear programs, eqs (9) to (11): images `(N, *shape)` to `(N,)`. Raises as `differences`."""
+    return interval_bound(*(softmax_interval(differences(net, x, eps, clip)) for net in (teacher, student)))
 
 
-def network_differences(network: Network, bounds: list[Box], tolerance: float = 1e-6) -> Tensor:
+def differences(network: nn.Sequential, x: Tensor, eps: float, clip=None, tolerance: float = 1e-6) -> Tensor:
     """Largest z_j - z_i of one network over the relaxation, `(N, C, C)` at (i, j), eq. (9).
 
-    `bounds`: certified boxes of every layer's input. `tolerance`: Gurobi's feasibility and optimality tolerance, by
-    default its own default.
+    `tolerance`: Gurobi's feasibility and optimality tolerance, by default its own default. Raises FaithkdError for
+    other networks than fully connected ones, and GurobiError where the licence does not take a model of this size.
     """
-    linear = {
-        k: matrix(layer, network.shapes[k]) for k, layer in enumerate(network.layers) if isinstance(layer, AFFINE)
-    }
-    found = []
-    for n in range(len(bounds[0][0])):
-        boxes = [tuple(end[n].flatten().numpy() for end in box) for box in bounds]
-        try:
-            found.append(image_differences(network, linear, boxes, tolerance))
-        except gp.GurobiError as problem:
-            if problem.errno != GRB.Error.SIZE_LIMIT_EXCEEDED:
-                raise
-            raise LicenceError(
-                f"licence too small: Gurobi's licence does not take a network for images of {network.shapes[0]}"
-            ) from problem
-    return torch.stack(found)
+    kinds = [type(layer) for layer in network if not isinstance(layer, nn.Flatten)]
+    if kinds != [nn.Linear, nn.ReLU] * (len(kinds) // 2) + [nn.Linear]:
+        raise FaithkdError("the paper's LP is written for linear layers with ReLU between them; leave paper-lp out")
+    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+    layers = [tuple(part.detach().double().numpy() for part in (layer.weight, layer.bias)) for layer in linear]
+    corners = (end.flatten(1).numpy() for end in ball(x.double(), eps, clip))
+    with gp.Env(params={"OutputFlag": 0, "Threads": 1, "FeasibilityTol": tolerance, "OptimalityTol": tolerance}) as env:
+        found = [image_differences(layers, low, high, env) for low, high in zip(*corners, strict=True)]
+    return torch.from_numpy(np.stack(found))
 
 
-def matrix(layer: nn.Module, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """An affine layer as W, b on flat inputs."""
-    size = math.prod(shape)
-    unit = torch.eye(size, dtype=torch.float64).unflatten(1, shape)
-    shift = affine(layer, torch.zeros(1, *shape, dtype=torch.float64), layer.weight, layer.bias)
-    return affine(layer, unit, layer.weight, None).flatten(1).T.numpy(), shift.flatten().numpy()
+def crown(layers: Layers, low: np.ndarray, high: np.ndarray) -> Layers:
+    """The least and largest input of each ReLU over the box [low, high], each by rows passed back to the image."""
+    boxes = []
+    for weight, bias in layers[:-1]:
+        rows, total = np.vstack([weight, -weight]), np.concatenate([bias, -bias])  # maxima of z and of -z
+        for (before, shift), (least, most) in reversed(list(zip(layers, boxes, strict=False))):
+            above = chords(least, most)
+            below = np.where(most > -least, 1.0, 0.0)
+            total = total - rows.clip(min=0) @ (above * least.clip(max=0))
+            rows = rows.clip(min=0) * above + rows.clip(max=0) * below
+            rows, total = rows @ before, total + rows @ shift
+        ends = total + rows.clip(min=0) @ high + rows.clip(max=0) @ low
+        boxes.append((-ends[len(bias) :], ends[: len(bias)]))
+    return boxes
 
 
-def image_differences(network: Network, linear: dict, boxes: list, tolerance: float) -> Tensor:
+def chords(least: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """The slope of each ReLU's chord over its box: 1 where it is on, 0 where it is off."""
+    width = np.maximum(most, 0) - np.minimum(least, 0)
+    return np.divide(np.maximum(most, 0), width, out=np.zeros_like(most), where=width > 0)
+
+
+def image_differences(layers: Layers, low: np.ndarray, high: np.ndarray, env: gp.Env) -> np.ndarray:
     """The C(C-1) maxima for one image, `(C, C)`; +inf where Gurobi does not say optimal."""
-    highest = torch.zeros(network.classes, network.classes, dtype=torch.float64)
-    with gp.Model(env=environment()) as model:
-        model.Params.FeasibilityTol = model.Params.OptimalityTol = tolerance
-        logits = relaxation(model, network, linear, boxes)
-        for i, j in np.argwhere(~np.eye(network.classes, dtype=bool)):
-            model.setObjective(logits[j] - logits[i], GRB.MAXIMIZE)
+    boxes = crown(layers, low, high)
+    with gp.Model(env=env) as model:
+        z = model.addMVar(len(low), lb=low, ub=high)  # the ball is bounds of variables, not rows
+        for k, (weight, bias) in enumerate(layers):
+            if k:
+                z = triangles(model, z, *boxes[k - 1])
+            y = model.addMVar(len(bias), lb=-GRB.INFINITY)
+            model.addConstr(y == weight @ z + bias)
+            z = y
+        highest = np.zeros((len(bias), len(bias)))
+        for i, j in np.argwhere(~np.eye(len(bias), dtype=bool)):
+            model.setObjective(z[j] - z[i], GRB.MAXIMIZE)
             model.optimize()
             highest[i, j] = model.ObjVal if model.Status == GRB.OPTIMAL else math.inf
     return highest
 
 
-def relaxation(model: gp.Model, network: Network, linear: dict, boxes: list) -> gp.MVar:
-    """Adds one network's relaxation to `model`; returns the logits. The ball is bounds of variables, not rows."""
-    z = model.addMVar(len(boxes[0][0]), lb=boxes[0][0], ub=boxes[0][1])
-    for k, layer in enumerate(network.layers):
-        low, high = boxes[k]
-        if isinstance(layer, nn.Flatten):
-            continue
-        if isinstance(layer, AFFINE):
-            weight, bias = linear[k]
-            y = model.addMVar(len(bias), lb=-GRB.INFINITY)
-            model.addConstr(y == weight @ z + bias)
-        elif isinstance(layer, nn.ReLU):
-            y = triangles(model, z, low, high)
-        else:
-            y = pools(model, z, layer, network.shapes[k], high)
-        z = y
-    return z
-
-
-def triangles(model: gp.Model, z: gp.MVar, low: np.ndarray, high: np.ndarray) -> gp.MVar:
-    """y = max(z, 0) where the box settles it, elsewhere 0 <= y, z <= y <= high (z - low) / (high - low)."""
-    y = model.addMVar(len(low), ub=np.where(high <= 0, 0.0, GRB.INFINITY))
-    (live,), (open_,) = np.nonzero(low >= 0), np.nonzero((low < 0) & (high > 0))
+def triangles(model: gp.Model, z: gp.MVar, least: np.ndarray, most: np.ndarray) -> gp.MVar:
+    """y = max(z, 0) where the box settles it, elsewhere 0 <= y, z <= y <= most (z - least) / (most - least)."""
+    y = model.addMVar(len(least), ub=np.where(most <= 0, 0.0, GRB.INFINITY))
+    (live,), (open_,) = np.nonzero(least >= 0), np.nonzero((least < 0) & (most > 0))
     if len(live):
         model.addConstr(y[live] == z[live])
     if len(open_):
-        slope = high[open_] / (high[open_] - low[open_])
+        slope = chords(least, most)[open_]
         model.addConstr(y[open_] >= z[open_])
-        model.addConstr(y[open_] <= slope * z[open_] - slope * low[open_])
+        model.addConstr(y[open_] <= slope * z[open_] - slope * least[open_])
     return y
-
-
-def pools(model: gp.Model, z: gp.MVar, pool: nn.MaxPool2d, shape: tuple[int, ...], high: np.ndarray) -> gp.MVar:
-    """y above each input of its window and below the largest upper bound in it: the paper's interval rule."""
-    places = windows(pool, shape).numpy()  # (window, outputs), -1 for padding
-    channel = np.arange(shape[0])[:, None] * shape[1] * shape[2]
-    inputs = np.where(places[:, None] < 0, -1, places[:, None] + channel).reshape(len(places), -1)
-    ceiling = np.where(inputs < 0, -np.inf, high[inputs]).max(0)
-    y = model.addMVar(len(ceiling), lb=-GRB.INFINITY, ub=ceiling)
-    for row in inputs:
-        (real,) = np.nonzero(row >= 0)
-        model.addConstr(y[real] >= z[row[real]])
-    return y
-
-
-@functools.cache
-def environment() -> gp.Env:
-    """One silent Gurobi environment on one thread; its start checks the licence."""
-    env = gp.Env(empty=True)
-    env.setParam("OutputFlag", 0)
-    env.setParam("Threads", 1)
-    env.start()
-    return env

@@ -59,20 +59,15 @@ def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
 
 
 def _measured() -> list[str]:
-    """What the benchmarks found on MNIST: bounds and cost, tightness over time, aims, attacks, training; see there."""
+    """What the benchmarks found on MNIST: bounds and cost, tightness over time, aims, attacks; see there."""
     folder = paths.ROOT / "benchmarks" / "results"
     if not (folder / "bounds-mnist.md").is_file():
         return []
     bounds, aims = ((folder / f"{name}-mnist.md").read_text(encoding="utf-8").strip() for name in ("bounds", "aims"))
-    pictures = {
-        "frontier": "Share of the gap closed over seconds an image, a panel for each radius",
-        "scaling": "Seconds an image by number of images, radius, width and depth",
-    }
-    shown = [f"![{what}](results/{name}-mnist.png)\n" for name, what in pictures.items()]
+    shown = ["![Share of the gap closed over seconds an image, a panel for each radius](results/frontier-mnist.png)\n"]
     folded = {"What we had set out to reach": aims}
-    for name, title in (("attacks", "PGD beside other libraries'"), ("training", "Seconds of training")):
-        if (page := folder / f"{name}-mnist.md").is_file():
-            folded[title] = page.read_text(encoding="utf-8").strip()
+    if (page := folder / "attacks-mnist.md").is_file():
+        folded["PGD beside foolbox"] = page.read_text(encoding="utf-8").strip()
     details = [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in folded.items()]
     return [f"{bounds}\n", *shown, *details]
 
