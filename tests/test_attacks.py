@@ -63,13 +63,7 @@ def test_the_image_itself_competes():
     """Where every move makes it worse the answer is the image, exactly."""
     x = torch.full((2, 3), 0.3)
     point, score = search(
-        lambda z: 2 * (-((z - x).abs().sum(1)),),
-        x,
-        0.1,
-        steps=4,
-        step_size=0.05,
-        restarts=2,
-        generator=generator(),
+        lambda z: 2 * (-((z - x).abs().sum(1)),), x, 0.1, steps=4, step_size=0.05, restarts=2, generator=generator()
     )
     assert torch.equal(point, x) and score.tolist() == [0, 0]
 

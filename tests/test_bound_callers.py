@@ -111,10 +111,7 @@ CHANGES = {
     "pre-hook": (lambda network, layer: network.register_forward_pre_hook(twice), "forward hook"),
     "own forward": (own_forward, "forward hook"),
     "weight norm": (lambda network, layer: nn.utils.spectral_norm(layer), "forward hook"),
-    "parametrization": (
-        lambda network, layer: nn.utils.parametrizations.weight_norm(layer),
-        "remove_parametrizations",
-    ),
+    "parametrization": (lambda network, layer: nn.utils.parametrizations.weight_norm(layer), "remove_parametrizations"),
     "dropout": (lambda network, layer: network.insert(1, nn.Dropout()).train(), "leave it out"),
     "subclass of Linear": (lambda network, layer: network.__setitem__(0, Layer(3, 4)), "is a Layer"),
     "forward": (lambda network, layer: Forward(*network), "is a Forward"),
@@ -160,12 +157,14 @@ def steep(low):
 
 
 @pytest.mark.parametrize("method", ["bab", "best"])
-@pytest.mark.parametrize("eps", [0.2, 1e-3, 1e-9, 0.0])
+@pytest.mark.parametrize("eps", [0.2, 1e-3, 1e-9, 1e-15, 0.0])
 @pytest.mark.parametrize("end", [0.1, 0.0999, None])
 def test_witnesses_lie_in_ball_and_clip_in_exact_numbers(method, eps, end):
     """0.1 is no float32, and 0.0999 as float32 lies above it by rounding: there the ball comes before clip."""
     x = torch.tensor([[0.0999], [0.05]])
     clip = None if end is None else (torch.tensor(-1.0), torch.tensor(end, dtype=torch.float64))
+    if clip is None:  # images that are no float32, and large ones
+        x = torch.tensor([[1 / 3], [0.05], [1e5 + 0.1], [-1e-7]], dtype=torch.float64)
     found = bound(*steep(0.1), x, eps, method, clip=clip)
     for image, witness in zip(x.flatten().tolist(), found.witnesses.flatten().tolist(), strict=True):
         assert abs(Fraction(witness) - Fraction(image)) <= Fraction(eps)

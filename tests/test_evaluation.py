@@ -172,10 +172,7 @@ def test_a_wider_search_lies_between_emp_lb_and_faith_ub(seed):
 
 def test_a_wider_search_climbs_where_softmax_is_flat():
     """Both are sure of class 0 at x₁ = 1, the student no longer below 0, where float32's softmax shows no slope."""
-    sure, unsure = (
-        linear([[0.0, 0.0], [-80.0, 0.0]], [0.0, -40.0]),
-        linear([[0.0, 0.0], [-200.0, 0.0]], [0.0, 0.0]),
-    )
+    sure, unsure = (linear([[0.0, 0.0], [-80.0, 0.0]], [0.0, -40.0]), linear([[0.0, 0.0], [-200.0, 0.0]], [0.0, 0.0]))
     x = torch.tensor([[1.0, 0.0]])
     options = {"restarts": 1, "steps": 20, "step_factor": 2.5}
     plain = faithkd.empirical_lower_bound(sure, unsure, x, 1.05, **options)

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from fractions import Fraction
 
 import pytest
 import torch
@@ -129,15 +128,8 @@ def test_a_planted_bump_that_the_attack_misses():
     for method in BEYOND:
         found = bound(teacher, student, x, eps, method, nodes=40)
         assert found.values >= reached
-        if method == "best":
-            assert (
-                methods.attained(
-                    graph.prepare_pair(teacher, student, x),
-                    methods.Balls.around(x, eps, None),
-                    methods.Choices("best"),
-                )[0]
-                < 1e-6
-            )
+    pair = graph.prepare_pair(teacher, student, x)
+    assert methods.attained(pair, methods.Balls.around(x, eps, None), methods.Choices("best"))[0] < 1e-6
     assert not certified_agreement(teacher, student, x, eps)
 
 
@@ -196,19 +188,6 @@ def test_agreement_comes_with_a_bound(kind):
     assert bound(teacher, student, x, 0.1, "joint").agrees is None
     with pytest.raises(FaithkdError, match="alpha-crown, lp, milp, joint, bab, best, not crown"):
         bound(teacher, student, x, 0.1, "crown", agreement=True)
-
-
-@pytest.mark.parametrize("method", ["bab", "best"])
-def test_witnesses_lie_in_the_ball_to_the_last_bit(method):
-    """In rational numbers: also where float64 images have no float32, are large, or the ball is tiny."""
-    teacher, student = fully_connected(2, 5, 3), fully_connected(2, 4, 3, seed=1)
-    images = [[0.1, 1 / 3], [0.5, 0.25], [1e5 + 0.1, -1e-7], [0.7, 1.0]]
-    for eps in (0.1, 1e-3, 1e-15):
-        x = torch.tensor(images, dtype=torch.float64)
-        found = bound(teacher, student, x, eps, method)
-        for point, middle in zip(found.witnesses.flatten().tolist(), x.flatten().tolist(), strict=True):
-            assert abs(Fraction(point) - Fraction(middle)) <= Fraction(eps)
-        assert (gap(teacher, student, found.witnesses) - found.lower).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("method", (*CHEAP, *BEYOND))
