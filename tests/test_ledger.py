@@ -43,8 +43,8 @@ def test_each_repeat_has_a_seed_of_its_own():
     frame = experiment.over_seeds(p, lambda q, add: pd.DataFrame({"value": [q.seed + add]}), add=10)
     assert frame.to_dict("list") == {"value": [14, 15, 16], "seed": [4, 5, 6]}
     once = params.load("smoke", {"seed": 4, "repeats": 1})
-    places = {experiment.place(q, "RT", None, training.ADVERSARIAL) for q in (p, once)}
-    assert len(places) == 1, "networks do not depend on how often they are repeated"
+    places = [experiment.place(q, "RT", None, training.ADVERSARIAL) for q in (p, once)]
+    assert places[0] == places[1], "networks do not depend on how often they are repeated"
 
 
 # --- cells
