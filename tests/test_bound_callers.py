@@ -105,32 +105,49 @@ def weighs(change):
     return lambda network, layer: setattr(layer, "weight", nn.Parameter(change(layer.weight.detach())))
 
 
-# what makes a network compute something else than its plain layers would, or hold no numbers: change, message
-CHANGES = {
-    "hook": (lambda network, layer: layer.register_forward_hook(twice), "forward hook"),
-    "pre-hook": (lambda network, layer: network.register_forward_pre_hook(twice), "forward hook"),
-    "own forward": (own_forward, "forward hook"),
-    "weight norm": (lambda network, layer: nn.utils.spectral_norm(layer), "forward hook"),
-    "parametrization": (lambda network, layer: nn.utils.parametrizations.weight_norm(layer), "remove_parametrizations"),
-    "dropout": (lambda network, layer: network.insert(1, nn.Dropout()).train(), "leave it out"),
-    "subclass of Linear": (lambda network, layer: network.__setitem__(0, Layer(3, 4)), "is a Layer"),
-    "forward": (lambda network, layer: Forward(*network), "is a Forward"),
-    "call": (lambda network, layer: Called(*network), "is a Called"),
+# what makes a network compute something else than its plain layers would
+READ = {
+    "hook": lambda network, layer: layer.register_forward_hook(twice),
+    "pre-hook": lambda network, layer: network.register_forward_pre_hook(twice),
+    "weight norm": lambda network, layer: nn.utils.spectral_norm(layer),
+    "parametrization": lambda network, layer: nn.utils.parametrizations.weight_norm(layer),
+    "dropout": lambda network, layer: network.insert(1, nn.Dropout()).train(),
+    "subclass of Linear": lambda network, layer: network.__setitem__(0, Layer(3, 4)),
+    "forward": lambda network, layer: Forward(*network),
+    "call": lambda network, layer: Called(*network),
+    "subclass of Tensor": weighs(lambda weight: weight.as_subclass(Weight)),
+}
+REFUSED = {
+    "own forward": (own_forward, "does not fit"),
     "meta": (lambda network, layer: network.to("meta"), "on the meta device"),
     "sparse": (weighs(torch.Tensor.to_sparse), "sparse"),
     "complex": (weighs(lambda weight: weight + 0j), "not a real"),
-    "subclass of Tensor": (weighs(lambda weight: weight.as_subclass(Weight)), "Weight"),
-    "no weight": (lambda network, layer: delattr(layer, "weight"), "NoneType"),
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_what_is_not_its_plain_layers_is_refused(what):
-    network, good = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)), nn.Sequential(nn.Linear(3, 3))
-    change, message = CHANGES[what]
+def changed(change):
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
     made = change(network, network[0])
-    network = made if isinstance(made, Called | Forward) else network
+    return made if isinstance(made, Called | Forward) else network
+
+
+@pytest.mark.parametrize("what", READ)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_is_what_it_computes(what):
+    """Not what its layers would, were they plain: nothing is lost without a word."""
+    network, good, x = changed(READ[what]), nn.Sequential(nn.Linear(3, 3)), torch.zeros(1, 3)
+    for pair in ((network, good), (good, network)):
+        at_x, around = (bound(*pair, x, eps, "crown").values for eps in (0.0, 0.1))
+        with torch.no_grad():
+            network.eval()
+            assert (at_x - gap(*pair, x)).abs() < 1e-6
+            assert gap(*pair, points(x, 0.1).float()).max() <= around + 1e-6
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_read_is_refused(what):
+    change, message = REFUSED[what]
+    network, good = changed(change), nn.Sequential(nn.Linear(3, 3))
     for teacher, student in ((network, good), (good, network)):
         with pytest.raises(FaithkdError, match=message):
             bound(teacher, student, torch.zeros(1, 3), 0.1, "crown")
