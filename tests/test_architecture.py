@@ -88,3 +88,16 @@ def test_bounding_a_pair_needs_torch_alone():
     assert {"pandas", "cvxpy", "pydantic", "typer", "matplotlib"} <= set(extras)
     command = [sys.executable, "-c", BARE, " ".join(extras)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "there\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("faithkd.bounds", {"cvxpy", "gurobipy"}),
+        ("faithkd.cli", {"torch", "papermill", "pandas"}),  # help comes at once
+        ("faithkd.reproduce.params", {"torch", "pandas", "cvxpy"}),
+    ],
+)
+def test_importing_is_quick(module, heavy):
+    command = [sys.executable, "-c", f"import sys, {module}; print({heavy} & set(sys.modules))"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,8 +1,6 @@
 """The one projected gradient ascent: it stays in the ball, follows eq. (2) and finds maxima known in closed form."""
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from faithkd import models, params
@@ -11,16 +9,6 @@ from faithkd.attacks import ascend, ball, fastest, random_start, search
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@given(st.floats(-1e3, 1e3, width=32), st.floats(0, 10, width=32))
-@settings(max_examples=300, deadline=None)
-def test_the_ball_is_rounded_inwards(value, eps):
-    x = torch.tensor([value], dtype=torch.float32)
-    lower, upper = ball(x, eps)
-    assert float(lower.double()) >= x.double().item() - eps
-    assert float(upper.double()) <= x.double().item() + eps
-    assert float(lower) <= value <= float(upper)
 
 
 def test_the_ball_is_clipped():
@@ -75,13 +63,7 @@ def test_the_image_itself_competes():
     """Where every move makes it worse the answer is the image, exactly."""
     x = torch.full((2, 3), 0.3)
     point, score = search(
-        lambda z: 2 * (-((z - x).abs().sum(1)),),
-        x,
-        0.1,
-        steps=4,
-        step_size=0.05,
-        restarts=2,
-        generator=generator(),
+        lambda z: 2 * (-((z - x).abs().sum(1)),), x, 0.1, steps=4, step_size=0.05, restarts=2, generator=generator()
     )
     assert torch.equal(point, x) and score.tolist() == [0, 0]
 

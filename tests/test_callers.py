@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairs import fully_connected
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
@@ -21,13 +22,8 @@ HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torc
 QUICK = {"steps": 5, "restarts": 1}
 
 
-def mlp(*widths, seed=0, scale=2.0):
-    torch.manual_seed(seed)
-    layers = [part for pair in zip(widths[:-1], widths[1:], strict=True) for part in (nn.Linear(*pair), nn.ReLU())]
-    network = nn.Sequential(*layers[:-1])
-    for weight in network.parameters():
-        weight.data *= scale
-    return network
+def mlp(*widths, **options):
+    return fully_connected(*widths, **options).float()
 
 
 TEACHER, STUDENT, X, Y = mlp(4, 8, 3), mlp(4, 6, 3, seed=1), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
@@ -74,8 +70,8 @@ def test_corners_lie_in_the_exact_ball_and_in_clip(value, eps, share, kind):
     x = torch.tensor([[value]], dtype=kind)
     low, high = x.double() - share * eps, x.double() + (1 - share) * eps / 2
     for clip, ends in ((None, ()), ((low, high), (low, high))):
-        for corner in attacks.ball(x, eps, clip):
-            assert inside(corner, x, eps, *ends)
+        lower, upper = attacks.ball(x, eps, clip)
+        assert inside(lower, x, eps, *ends) and inside(upper, x, eps, *ends) and lower <= x <= upper
 
 
 def test_an_image_beyond_clip_by_a_rounding_is_brought_back_as_far_as_the_ball_allows():
@@ -141,15 +137,17 @@ def changed(change):
     return network
 
 
+def scaled_input(_, inputs):
+    return (10 * inputs[0] - 5,)
+
+
 LINEAR = {
     "plain": plain,
     "own forward": lambda: Shifted(*plain()),
     "own first layer": lambda: plain(OwnConv(1, 4, 3, 2)),
     "own __init__": lambda: OwnInit(4),
-    "hook before": lambda: hooked("register_forward_pre_hook", False, lambda _, inputs: (10 * inputs[0] - 5,)),
-    "hook before the first layer": lambda: hooked(
-        "register_forward_pre_hook", True, lambda _, inputs: (10 * inputs[0] - 5,)
-    ),
+    "hook before": lambda: hooked("register_forward_pre_hook", False, scaled_input),
+    "hook before the first layer": lambda: hooked("register_forward_pre_hook", True, scaled_input),
     "hook after": lambda: hooked("register_forward_hook", False, lambda *found: 3 * found[2].flip(1)),
     "forward replaced": patched,
     "spectral norm": lambda: changed(parametrizations.spectral_norm),
@@ -425,7 +423,7 @@ class Uncopied(nn.Linear):
     ("network", "message"),
     [
         (Uncopied(4, 3), "cannot be copied.*cannot pickle a lock"),
-        (mlp(4, 2, 3, scale=float("nan")), "layer 0: the weight holds NaN"),
+        (mlp(4, 2, 3, factor=float("nan")), "layer 0: the weight holds NaN"),
         (nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))), "returns .'N', 3, 1."),
         (nn.LSTM(4, 3), "returns tuple"),
     ],

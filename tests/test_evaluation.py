@@ -66,31 +66,6 @@ def test_emp_lb_finds_a_maximum_known_in_closed_form():
     assert bound.values[0] <= float(peak) + 1e-7 and bound.values.dtype == torch.float64
 
 
-def test_emp_lb_is_the_value_at_its_witness_which_lies_in_the_ball():
-    torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-    student = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
-    x = torch.randn(7, 2, 3)
-    bound = faithkd.empirical_lower_bound(teacher, student, x, 0.13, steps=8, restarts=2)
-    assert ((bound.witnesses.double() - x.double()).abs() <= 0.13).all()
-    with torch.no_grad():
-        z = bound.witnesses.double()
-        nets = [nn.Sequential(*net).double() for net in (teacher, student)]
-        by_hand = (nets[0](z).softmax(1) - nets[1](z).softmax(1)).abs().amax(1)
-    teacher.float(), student.float()
-    assert torch.equal(bound.values, by_hand)
-
-
-def test_the_callers_networks_and_images_are_left_alone():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).train()
-    x = torch.randn(4, 3)
-    before, image = {k: v.clone() for k, v in network.state_dict().items()}, x.clone()
-    faithkd.empirical_lower_bound(network, network, x, 0.1, steps=3, restarts=1)
-    assert network.training and next(network.parameters()).requires_grad and torch.equal(x, image)
-    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
-
-
 def test_more_restarts_never_find_less_and_the_seed_repeats():
     torch.manual_seed(1)
     teacher, student = (nn.Sequential(nn.Linear(5, w), nn.ReLU(), nn.Linear(w, 3)) for w in (16, 6))
@@ -100,52 +75,9 @@ def test_more_restarts_never_find_less_and_the_seed_repeats():
     assert (runs[2].values >= runs[0].values - 1e-9).all() and (runs[2].values > runs[0].values).any()
 
 
-def test_at_eps_zero_it_is_the_difference_at_the_image():
-    x = torch.tensor([[0.1, 0.2]])
-    bound = faithkd.empirical_lower_bound(TEACHER, STUDENT, x, 0.0)
-    with torch.no_grad():
-        assert float(bound.values) == pytest.approx(
-            float(evaluation.confidence_difference(TEACHER, STUDENT, x)), abs=1e-7
-        )
-    assert torch.equal(bound.witnesses, x)
-
-
 def test_an_empty_batch_is_an_empty_answer():
     bound = faithkd.empirical_lower_bound(TEACHER, STUDENT, torch.zeros(0, 2), 0.1)
     assert bound.values.shape == (0,) and bound.witnesses.shape == (0, 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"eps": -0.1}, "eps must be"),
-        ({"eps": float("nan")}, "eps must be"),
-        ({"x": torch.tensor([[float("nan"), 0.0]])}, "NaN"),
-        ({"x": torch.zeros(1, 3)}, "cannot be run on images of shape"),
-        ({"student": nn.Sequential(nn.Linear(2, 3))}, "classes"),
-        ({"steps": 0}, "steps must be a whole number >= 1"),
-        ({"restarts": 0}, "restarts must be a whole number >= 1"),
-    ],
-)
-def test_what_cannot_be_measured_is_a_clear_error(change, message):
-    arguments = {"teacher": TEACHER, "student": STUDENT, "x": torch.zeros(1, 2), "eps": 0.1} | change
-    with pytest.raises(FaithkdError, match=message):
-        faithkd.empirical_lower_bound(**arguments)
-
-
-def test_emp_lb_stays_below_faith_ub_on_random_pairs():
-    for seed in range(6):
-        torch.manual_seed(seed)
-        teacher, student = (
-            nn.Sequential(nn.Flatten(), nn.Linear(8, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, 4))
-            for w in (10, 6)
-        )
-        x = torch.randn(10, 2, 4)
-        for eps in (0.0, 0.01, 0.1, 0.5):
-            lower = faithkd.empirical_lower_bound(teacher, student, x, eps, steps=10, restarts=2).values
-            for method in ("interval", "crown"):
-                upper = faithkd.faithfulness_upper_bound(teacher, student, x, eps, method=method).values
-                assert (lower <= upper + 1e-12).all()
 
 
 def random_pair(seed, classes=5, shape=(1, 4, 4)):
@@ -207,12 +139,9 @@ def test_auto_attack_repeats_and_leaves_others_alone():
     assert evaluation.auto_attack(network, x[:0], y[:0], 0.2).holds.shape == (0,)
 
 
-@pytest.mark.parametrize(("change", "message"), [({"eps": -1}, "eps must be"), ({"version": "fast"}, "standard, plus")])
-def test_auto_attack_refuses_what_it_cannot_do(change, message):
-    network, _, x = random_pair(4)
-    arguments = {"network": network, "x": x, "y": evaluation.predictions(network, x), "eps": 0.1} | change
-    with pytest.raises(FaithkdError, match=message):
-        evaluation.auto_attack(**arguments)
+def test_auto_attack_knows_its_versions():
+    with pytest.raises(FaithkdError, match="standard, plus"):
+        evaluation.auto_attack(TEACHER, torch.zeros(1, 2), torch.zeros(1).long(), 0.1, version="fast")
 
 
 def test_hardest_points_are_worse_than_the_image_and_lie_in_the_ball():
@@ -227,12 +156,14 @@ def test_hardest_points_are_worse_than_the_image_and_lie_in_the_ball():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_wider_search_lies_between_emp_lb_and_faith_ub(seed):
     teacher, student, x = random_pair(seed)
-    for eps in (0.0, 0.02, 0.3):
+    for eps in (0.0, 0.01, 0.1, 0.5):
         options = {"steps": 10, "restarts": 2, "seed": seed}
         plain = faithkd.empirical_lower_bound(teacher, student, x, eps, **options)
         wide = evaluation.strong_lower_bound(teacher, student, x, eps, **options)
         assert (wide.values >= plain.values).all() and wide.values.dtype == torch.float64
-        assert (wide.values <= faithkd.faithfulness_upper_bound(teacher, student, x, eps).values + 1e-12).all()
+        for method in ("interval", "crown"):
+            upper = faithkd.faithfulness_upper_bound(teacher, student, x, eps, method=method)
+            assert (wide.values <= upper.values + 1e-12).all()
         assert ((wide.witnesses.double() - x.double()).abs() <= eps).all()
         with torch.no_grad():
             nets = [deepcopy(net).double() for net in (teacher, student)]
@@ -241,10 +172,7 @@ def test_a_wider_search_lies_between_emp_lb_and_faith_ub(seed):
 
 def test_a_wider_search_climbs_where_softmax_is_flat():
     """Both are sure of class 0 at x₁ = 1, the student no longer below 0, where float32's softmax shows no slope."""
-    sure, unsure = (
-        linear([[0.0, 0.0], [-80.0, 0.0]], [0.0, -40.0]),
-        linear([[0.0, 0.0], [-200.0, 0.0]], [0.0, 0.0]),
-    )
+    sure, unsure = (linear([[0.0, 0.0], [-80.0, 0.0]], [0.0, -40.0]), linear([[0.0, 0.0], [-200.0, 0.0]], [0.0, 0.0]))
     x = torch.tensor([[1.0, 0.0]])
     options = {"restarts": 1, "steps": 20, "step_factor": 2.5}
     plain = faithkd.empirical_lower_bound(sure, unsure, x, 1.05, **options)

@@ -286,14 +286,6 @@ def test_a_crossed_bracket_stops_everything(p, monkeypatch):
             experiment.bracket(q, guide, experiment.student(p, "SD"), images, 0.0871)
 
 
-def test_any_pair_can_be_measured(p):
-    torch.manual_seed(5)
-    mine = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    images = data.test_subset(p)[slice(0, 4)]
-    frame = experiment.bracket(p, experiment.teacher(p), mine, images, 0.1)
-    assert len(frame) == 4 and (frame["EmpLB"] <= frame["FaithUB"]).all()
-
-
 def test_table_1_counts_percent_in_the_papers_columns(robustness):
     table = tables.table1(robustness)
     assert list(table.columns) == list(paper.table("table1").columns)
@@ -443,11 +435,6 @@ def test_files_change_with_their_numbers_alone(p, faithfulness, tmp_path, monkey
         assert saved("one", table) == (found[0][0], {True})
     (tmp_path / "one" / "table2.png").unlink()
     assert saved("one", table) == (found[0][0], {True})
-
-
-def test_every_method_has_a_colour_and_a_marker():
-    assert set(figures.COLOURS) == set(figures.MARKERS) == {"RT", *STUDENTS}
-    assert len(set(figures.COLOURS.values())) == len(figures.COLOURS)
 
 
 @pytest.mark.parametrize(

@@ -115,13 +115,6 @@ def random_pair(seed=0):
     return student, teacher, torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
 
 
-@pytest.mark.parametrize("name", ["SD", "ARD", "FD"])
-def test_alpha_zero_leaves_cross_entropy(name):
-    student, teacher, x, y = random_pair()
-    value = METHODS[name].loss(student, teacher, x, x + 0.3, y, 0.0, 4.0)
-    assert value.item() == pytest.approx(nn.functional.cross_entropy(student(x), y).item(), rel=1e-12)
-
-
 def test_at_eps_zero_fd_and_ard_are_sd():
     student, teacher, x, y = random_pair()
     values = {n: METHODS[n].loss(student, teacher, x, x, y, 0.5, 2.0).item() for n in ("SD", "ARD", "FD")}
@@ -138,12 +131,6 @@ def test_a_constant_teacher_makes_fd_rslad_and_ard_one():
     assert values == pytest.approx([values[0]] * 3, rel=1e-12)
     objectives = [METHODS[n].attack(student, constant, x, y)(x + 0.3) for n in ("FD", "RSLAD")]
     assert torch.allclose(*objectives, rtol=1e-12)
-
-
-def test_a_perfect_student_has_no_distillation_loss():
-    student, _, x, y = random_pair()
-    assert METHODS["FD"].loss(student, student, x, x + 0.1, y, 1.0, 2.0).item() == pytest.approx(0, abs=1e-12)
-    assert METHODS["SD"].loss(student, student, x, x, y, 1.0, 2.0).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 8.0])

@@ -29,20 +29,10 @@ def test_table_4_as_printed():
             *("Flatten", "Linear", "ReLU", "Linear", "ReLU", "Linear"),
         ]
         first, pool, second, third = (network[k] for k in (0, 2, 3, 5))
-        assert (first.in_channels, first.out_channels, first.kernel_size, first.stride) == (
-            3,
-            one,
-            (3, 3),
-            (2, 2),
-        )
+        assert (first.in_channels, first.out_channels, first.kernel_size, first.stride) == (3, one, (3, 3), (2, 2))
         assert (pool.kernel_size, pool.stride) == (2, 2)
         assert (second.out_channels, second.stride, second.padding) == (16, (2, 2), (1, 1))
-        assert (third.in_channels, third.out_channels, third.stride, third.padding) == (
-            16,
-            32,
-            (1, 1),
-            (0, 0),
-        )
+        assert (third.in_channels, third.out_channels, third.stride, third.padding) == (16, 32, (1, 1), (0, 0))
         linear = [layer for layer in network if isinstance(layer, nn.Linear)]
         assert [(m.in_features, m.out_features) for m in linear] == [
             (128, width),
@@ -77,9 +67,3 @@ def test_initialisations_have_their_spread_and_no_bias():
     default = models.build(architecture, (1, 28, 28), seed=0).requires_grad_(False)
     assert torch.equal(nets["pytorch"][1].weight, default[1].weight) and (default[1].bias != 0).any()
     assert float(default[1].weight.abs().max()) == pytest.approx((1 / 784) ** 0.5, rel=0.001)
-
-
-def test_networks_return_logits():
-    network = models.fully_connected(5, [4], 3)
-    assert isinstance(network[-1], nn.Linear)
-    assert network(torch.zeros(2, 1, 5)).shape == (2, 3)

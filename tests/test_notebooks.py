@@ -114,10 +114,7 @@ def test_a_raised_recipe_makes_it_stale_and_any_edit_of_the_package_runs_it_agai
         (lambda n: n["cells"][1].update(source='profile = "digits"'), "must have exactly"),
         (lambda n: n["cells"][2]["metadata"].update(execution={}), "cell 3 has metadata"),
         (lambda n: n["cells"][0].update(source="see /home/me/x"), "cell 1 has a path of the machine"),
-        (
-            lambda n: n["cells"][-1]["outputs"][0]["data"].update({"text/html": "<p>/tmp/x"}),
-            "cell 6 has a path",
-        ),
+        (lambda n: n["cells"][-1]["outputs"][0]["data"].update({"text/html": "<p>/tmp/x"}), "cell 6 has a path"),
         (lambda n: n["cells"][0].update(source="x" * notebooks.SIZE_LIMIT), "larger than 1.5 MB"),
         (lambda n: n["cells"][3]["outputs"].append({"output_type": "error"}), "cell 4 ends in an error"),
         (

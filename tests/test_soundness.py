@@ -2,19 +2,18 @@
 
 import itertools
 import math
-from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import KINDS, case, convolutional, fully_connected, gap, points
-from test_bounds import attacked
+from pairs import KINDS, attacked, case, convolutional, fully_connected, gap, points
 from torch import nn
 
 from faithkd.bounds import certified_agreement, difference_bounds, faithfulness_upper_bound, graph, methods
 from faithkd.errors import FaithkdError
 
+CHEAP = ("interval", "crown")
 BEYOND = ("alpha-crown", "joint", "bab", "best")
 
 
@@ -129,15 +128,8 @@ def test_a_planted_bump_that_the_attack_misses():
     for method in BEYOND:
         found = bound(teacher, student, x, eps, method, nodes=40)
         assert found.values >= reached
-        if method == "best":
-            assert (
-                methods.attained(
-                    graph.prepare_pair(teacher, student, x),
-                    methods.Balls.around(x, eps, None),
-                    methods.Choices("best"),
-                )[0]
-                < 1e-6
-            )
+    pair = graph.prepare_pair(teacher, student, x)
+    assert methods.attained(pair, methods.Balls.around(x, eps, None), methods.Choices("best"))[0] < 1e-6
     assert not certified_agreement(teacher, student, x, eps)
 
 
@@ -150,9 +142,9 @@ def test_a_planted_corner_flips_the_class_where_no_sample_goes():
     x, corner = torch.zeros(1, 8, dtype=torch.float64), torch.ones(1, 8, dtype=torch.float64)
     assert not disagree(teacher, student, x, 0.98) and disagree(teacher, student, corner, 0)
     assert certified_agreement(teacher, student, x, 0.9) and not certified_agreement(teacher, student, x, 1.0)
-    for method in BEYOND:
+    for method in (*CHEAP, *BEYOND):
         assert bound(teacher, student, x, 1.0, method).values >= gap(teacher, student, corner)
-        assert bound(teacher, student, x, 0.9, method).values < 0.05
+        assert method in CHEAP or bound(teacher, student, x, 0.9, method).values < 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,20 +190,7 @@ def test_agreement_comes_with_a_bound(kind):
         bound(teacher, student, x, 0.1, "crown", agreement=True)
 
 
-@pytest.mark.parametrize("method", ["bab", "best"])
-def test_witnesses_lie_in_the_ball_to_the_last_bit(method):
-    """In rational numbers: also where float64 images have no float32, are large, or the ball is tiny."""
-    teacher, student = fully_connected(2, 5, 3), fully_connected(2, 4, 3, seed=1)
-    images = [[0.1, 1 / 3], [0.5, 0.25], [1e5 + 0.1, -1e-7], [0.7, 1.0]]
-    for eps in (0.1, 1e-3, 1e-15):
-        x = torch.tensor(images, dtype=torch.float64)
-        found = bound(teacher, student, x, eps, method)
-        for point, middle in zip(found.witnesses.flatten().tolist(), x.flatten().tolist(), strict=True):
-            assert abs(Fraction(point) - Fraction(middle)) <= Fraction(eps)
-        assert (gap(teacher, student, found.witnesses) - found.lower).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("method", BEYOND)
+@pytest.mark.parametrize("method", (*CHEAP, *BEYOND))
 def test_bounds_grow_with_the_ball(method):
     teacher, student, x, _ = case("fully connected", 3)
     series = [bound(teacher, student, x, eps, method, nodes=30).values for eps in (0, 0.05, 0.2, 0.6, 2.0)]
@@ -220,7 +199,7 @@ def test_bounds_grow_with_the_ball(method):
 
 # Slopes are looked for in float32, where a sum depends on the size of the batch on some processors: its last digits
 # are other ones then, and a search may split another unit.
-ALIKE = {"alpha-crown": 1e-6, "joint": 1e-6, "bab": 3e-3}
+ALIKE = {"crown": 1e-9, "alpha-crown": 1e-6, "joint": 1e-6, "bab": 3e-3}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,7 +227,7 @@ def test_processes_change_at_most_what_batches_do():
     assert alone.status == apart_.status and alone.nodes.tolist() == apart_.nodes.tolist()
 
 
-@pytest.mark.parametrize("method", BEYOND)
+@pytest.mark.parametrize("method", (*CHEAP, *BEYOND))
 def test_clip_cuts_the_ball(method):
     teacher, student = fully_connected(2, 6, 4, 3), fully_connected(2, 4, 3, seed=1)
     x, clip = torch.tensor([[0.0, 1.0 + 1e-7], [0.9, 0.5]], dtype=torch.float64), (torch.zeros(1), torch.ones(2))

@@ -159,14 +159,7 @@ def test_eps_and_step_are_ramped_from_zero(monkeypatch):
 def test_early_stopping_keeps_the_best_epoch(teacher, monkeypatch):
     """The held-out accuracy is dictated; training must stop `patience` epochs after its peak and return its weights."""
     p = small(**{"train.patience": 2, "train.ramp_epochs": 1})
-    script = [
-        0.9,
-        0.5,
-        0.8,
-        0.7,
-        0.8,
-        0.95,
-    ]  # epoch 1 lies in the ramp and does not count; 3 is the best; stop after 5
+    script = [0.9, 0.5, 0.8, 0.7, 0.8, 0.95]  # epoch 1 lies in the ramp and does not count; 3 is the best; stop after 5
     snapshots, record = [], training._record
 
     def dictated(state, network, held_out, *rest):
