@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from faithkd import arguments, attacks
 from faithkd.attacks import Clip
+from faithkd.bounds.domains import log_odds
 from faithkd.frozen import Frozen, frozen, own_settings
 from faithkd.losses import cross_entropy, kl
 
@@ -241,12 +242,8 @@ def _norm(teacher_logits: Tensor, student_logits: Tensor, leading: Tensor | None
     return (torch.softmax(teacher_logits, 1) - torch.softmax(student_logits, 1)).abs().amax(1)
 
 
-def _confidence(logits: Tensor, i: Tensor) -> Tensor:
-    return torch.softmax(logits, 1).gather(1, i)[:, 0]
-
-
-def _log_odds(logits: Tensor, i: Tensor) -> Tensor:
-    return (logits.gather(1, i) - logits.scatter(1, i, -torch.inf).logsumexp(1, keepdim=True))[:, 0]
+def _confidence(logits: Tensor, label: Tensor) -> Tensor:
+    return torch.softmax(logits, 1).gather(1, label[:, None])[:, 0]
 
 
 def _wider_losses(classes: int) -> list[Loss]:
@@ -254,12 +251,12 @@ def _wider_losses(classes: int) -> list[Loss]:
 
     def signed(measure: Callable, sign: int, place: int) -> Loss:
         def loss(teacher_logits: Tensor, student_logits: Tensor, leading: Tensor) -> Tensor:
-            i = leading[:, [min(place, leading.shape[1] - 1)]]
-            return sign * (measure(teacher_logits, i) - measure(student_logits, i))
+            label = leading[:, min(place, leading.shape[1] - 1)]
+            return sign * (measure(teacher_logits, label) - measure(student_logits, label))
 
         return loss
 
-    choices = [(m, sign, place) for m in (_confidence, _log_odds) for sign in (1, -1) for place in range(classes)]
+    choices = [(m, sign, place) for m in (_confidence, log_odds) for sign in (1, -1) for place in range(classes)]
     return [signed(*choice) for choice in choices] + [lambda t, s, _: kl(s, t), lambda t, s, _: kl(t, s)]
 
 

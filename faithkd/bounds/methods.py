@@ -14,7 +14,7 @@ from faithkd import arguments, attacks, workers
 from faithkd.bounds import agreement as agreements
 from faithkd.bounds import search
 from faithkd.bounds.domains import Root, root
-from faithkd.bounds.graph import Network, check_images, inner_ball, outer_ball, prepare, prepare_pair
+from faithkd.bounds.graph import Network, inner_ball, outer_ball, prepare, prepare_pair
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.operators import Box
 from faithkd.bounds.softmax import pair_bound, softmax_interval
@@ -113,7 +113,7 @@ class Balls:
     @staticmethod
     def around(x: Tensor, eps: float, clip: tuple | None) -> "Balls":
         """The balls of images that may be anything yet: raises FaithkdError."""
-        x = check_images(x)
+        x = arguments.images(x).to(device="cpu", dtype=torch.float64, copy=True)  # nor made in inference mode
         return Balls(x, arguments.radius(eps), outer_ball(x, eps, clip), inner_ball(x, eps, clip))
 
     def __len__(self) -> int:
@@ -169,13 +169,7 @@ def faithfulness_upper_bound(
 
 @torch.inference_mode(False)  # descent needs gradients
 def faithfulness_upper_bounds(
-    teacher: nn.Module,
-    students: Sequence[nn.Module],
-    x: Tensor,
-    eps: float,
-    *,
-    clip: tuple | None = None,
-    **choices,
+    teacher: nn.Module, students: Sequence[nn.Module], x: Tensor, eps: float, *, clip: tuple | None = None, **choices
 ) -> list[UpperBound]:
     """`faithfulness_upper_bound` of each student of one teacher, who is bounded only once for all of them, eq. (11).
 

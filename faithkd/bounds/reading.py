@@ -86,10 +86,6 @@ def view(builder: Builder, after: Shape | None, z: Place, *dims, **__) -> Place:
     return builder.add(View(tuple(after)), z)
 
 
-def same(builder: Builder, after: Shape, z: Place, *_, **__) -> Place:
-    return z
-
-
 def add(builder: Builder, after: Shape, first, second, alpha=1) -> Place:
     if isinstance(first, Place) and isinstance(second, Place):
         return builder.add(Add(), first, second if alpha == 1 else builder.scale(second, alpha))
@@ -98,16 +94,8 @@ def add(builder: Builder, after: Shape, first, second, alpha=1) -> Place:
     return builder.scale(second, alpha, first)
 
 
-def subtract(builder: Builder, after: Shape, first, second, alpha=1) -> Place:
-    return add(builder, after, first, second, -alpha)
-
-
 def multiply(builder: Builder, after: Shape, first, second) -> Place:
     return builder.scale(*((first, second) if isinstance(first, Place) else (second, first)))
-
-
-def divide(builder: Builder, after: Shape, first, second) -> Place:
-    return builder.scale(first, 1 / second)
 
 
 def leaky_relu(builder: Builder, after: Shape, z: Place, slope: float = 0.01) -> Place:
@@ -132,10 +120,6 @@ def adaptive_avg_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place
     return builder.add(AvgPool2d(tuple(here // there for here, there in zip(before[1:], after[1:], strict=True))), z)
 
 
-def matmul(builder: Builder, after: Shape, z: Place, weight: Tensor) -> Place:
-    return builder.add(Linear(weight.T), z)
-
-
 OPERATIONS = {  # torch's operations by name
     "linear": partial(simple, Linear),
     "conv2d": partial(simple, Conv2d),
@@ -144,13 +128,16 @@ OPERATIONS = {  # torch's operations by name
     "relu": partial(simple, ReLU),
     "tanh": partial(simple, partial(SShaped, "tanh")),
     "sigmoid": partial(simple, partial(SShaped, "sigmoid")),
-    "matmul": matmul,
+    "matmul": lambda builder, after, z, weight: builder.add(Linear(weight.T), z),
     "adaptive_avg_pool2d": adaptive_avg_pool2d,
     "batch_norm": batch_norm,
     "leaky_relu": leaky_relu,
-    **{"add": add, "sub": subtract, "mul": multiply, "div": divide},
+    "add": add,
+    "sub": lambda builder, after, first, second, alpha=1: add(builder, after, first, second, -alpha),
+    "mul": multiply,
+    "div": lambda builder, after, first, second: builder.scale(first, 1 / second),
     **dict.fromkeys(("flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze"), view),
-    **dict.fromkeys(("dropout", "alias", "clone", "contiguous", "detach"), same),
+    **dict.fromkeys(("dropout", "alias", "clone", "contiguous", "detach"), lambda builder, after, z, *_, **__: z),
 }
 LAYERS = {  # layers that need no tracing: their operation, and which of their attributes it takes
     nn.Linear: ("linear", "weight bias"),
