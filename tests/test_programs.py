@@ -63,31 +63,12 @@ def opened(network, x, eps, solver="highs"):
 
 def by_cvxpy(ready, bounds, row, integer=False, solver="HIGHS"):
     """The optimum that cvxpy and a solver report, and the program."""
-    program = programs.build(ready)
+    program = programs.build(ready, integer)
     programs.set_image(program, bounds)
     program.row.value = row.numpy()
-    problem = cp.Problem(program.problem.objective, program.problem.constraints + integer * equal_to_a_piece(program))
-    problem.solve(solver=solver)
-    assert problem.status == "optimal"
-    return problem.value, program
-
-
-def equal_to_a_piece(program):
-    """Constraints by which every output equals one of its pieces, as binaries choose."""
-    found = []
-    for kind, lower, upper in program.pieces.values():
-        chosen = [cp.Variable(piece.size, boolean=True) for piece in lower]
-        found += [
-            y - piece <= 50 * (1 - which) for (piece, y), which in zip((c.args for c in lower), chosen, strict=True)
-        ]
-        if isinstance(kind, programs.ReluPieces):
-            found.append(sum(chosen) == 1)
-        else:
-            outputs, inputs = kind.selection()
-            window = np.zeros((upper.size, len(inputs)))
-            window[outputs, np.arange(len(inputs))] = 1
-            found.append(window @ chosen[0] == 1)
-    return found
+    program.problem.solve(solver=solver)
+    assert program.problem.status == "optimal"
+    return program.problem.value, program
 
 
 def exact_maximum(network, x, eps, row):
@@ -337,7 +318,7 @@ def test_auto_says_once_that_gurobi_is_not_used(monkeypatch):
 
 
 def size(network, x):
-    problem = programs.build(net.prepare(network, tuple(x.shape[1:]))).problem
+    problem = programs.build(net.prepare(network, tuple(x.shape[1:])), integer=False).problem
     return sum(part.size for part in problem.constraints), sum(part.size for part in problem.variables())
 
 

@@ -52,7 +52,7 @@ class Part:
 
 def opener(network: Network, name: str) -> Callable[[list[Box]], Image | None]:
     """A function from an image's boxes to its LP, compiled once for the solver `name`; None if a box is not finite."""
-    program = programs.build(network)
+    program = programs.build(network, integer=False)
     rows = sum(constraint.size for constraint in program.problem.constraints)
     variables = sum(variable.size for variable in program.problem.variables())
     chosen, start = solvers.choose(name, rows, variables)

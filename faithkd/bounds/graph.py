@@ -107,6 +107,11 @@ def prepare_pair(teacher: nn.Module, student: nn.Module, x: Tensor) -> tuple[Net
     return both
 
 
+def check_images(x: Tensor) -> Tensor:
+    """The images as float64 on the CPU, all finite, `(N, *shape)`."""
+    return arguments.images(x).to(device="cpu", dtype=torch.float64, copy=True)  # nor made in inference mode
+
+
 def outer_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:
     """Ends of the ball B_eps(x) of Def. 2, each one ulp outwards: two tensors like `x`.
 

@@ -236,6 +236,16 @@ def difference_rows(classes: int, numbers: Tensor | None = None) -> tuple[Tensor
     return rows.scatter_(1, pairs, signs), pairs
 
 
+def as_matrix(values: Tensor, pairs: Tensor, classes: int) -> Tensor:
+    """Maxima of the difference rows `(N, C(C-1))` as `(N, C, C)`: entry (i, j) bounds z_j - z_i above.
+
+    Minima need no rows of their own: min (z_j - z_i) = -max (z_i - z_j).
+    """
+    matrix = values.new_zeros(len(values), classes, classes)
+    matrix[:, pairs[:, 0], pairs[:, 1]] = values
+    return matrix
+
+
 def box_differences(lower: Tensor, upper: Tensor) -> Tensor:
     """Largest z_j - z_i over a box of logits, eq. (9): `(N, C)` twice to `(N, C, C)` at (i, j)."""
     highest = upper.unsqueeze(1) - lower.unsqueeze(2)
@@ -260,7 +270,5 @@ def row_differences(
         found.append(value)
         used.append(kept)
     slopes = {k: torch.cat([part[k] for part in used], 1) for k in used[0]}
-    # no row of its own for a minimum: min (z_j - z_i) = -max (z_i - z_j)
-    highest = torch.zeros(n, network.classes, network.classes, dtype=torch.float64)
-    highest[:, pairs[:, 0], pairs[:, 1]] = torch.cat(found, 1)
-    return torch.minimum(highest, box_differences(*bounds[-1])), slopes
+    matrix = as_matrix(torch.cat(found, 1), pairs, network.classes)
+    return torch.minimum(matrix, box_differences(*bounds[-1])), slopes

@@ -14,7 +14,7 @@ from faithkd import arguments, attacks, workers
 from faithkd.bounds import agreement as agreements
 from faithkd.bounds import search
 from faithkd.bounds.domains import Root, root
-from faithkd.bounds.graph import Network, inner_ball, outer_ball, prepare, prepare_pair
+from faithkd.bounds.graph import Network, check_images, inner_ball, outer_ball, prepare, prepare_pair
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.operators import Box
 from faithkd.bounds.softmax import pair_bound, softmax_interval
@@ -113,7 +113,7 @@ class Balls:
     @staticmethod
     def around(x: Tensor, eps: float, clip: tuple | None) -> "Balls":
         """The balls of images that may be anything yet: raises FaithkdError."""
-        x = arguments.images(x).to(device="cpu", dtype=torch.float64, copy=True)  # nor made in inference mode
+        x = check_images(x)
         return Balls(x, arguments.radius(eps), outer_ball(x, eps, clip), inner_ball(x, eps, clip))
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""FaithUB's programs, eqs (8) to (11), in cvxpy: the relaxation as an LP, whose pieces make up the MILP.
+"""FaithUB's programs, eqs (8) to (11), in cvxpy: the relaxation as an LP, the exact network as a MILP.
 
 `build` writes one network's program down, once; an image's boxes are parameters of it. cvxpy turns it into its
 canonical form, minimise c z subject to A z <= b (or ==), on which `solvers` solves many objectives one after the
@@ -89,14 +89,24 @@ class ReluPieces:
     def lower(self, y: cp.Variable, z: cp.Variable) -> list[cp.Constraint]:
         return [y >= 0, y >= z]
 
-    def upper(self, y: cp.Variable, z: cp.Variable) -> tuple[cp.Constraint, Setter]:
+    def lp(self, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
         """y <= slope z + shift, the upper line of the triangle."""
         slope, shift = cp.Parameter(y.size, nonneg=True), cp.Parameter(y.size, nonneg=True)
 
         def setter(low, high):
             assign((slope, shift), *self.operator.triangle(low, high)[:2])
 
-        return y <= cp.multiply(slope, z) + shift, setter
+        return [y <= cp.multiply(slope, z) + shift], setter
+
+    def milp(self, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
+        """The two pieces from above, chosen by a binary; presolve settles the settled ones."""
+        drop, rise = cp.Parameter(y.size, nonneg=True), cp.Parameter(y.size, nonneg=True)
+        active = cp.Variable(y.size, boolean=True)
+
+        def setter(low, high):
+            assign((drop, rise), (-low).clamp(min=0), high.clamp(min=0))
+
+        return [y <= z + drop - cp.multiply(drop, active), y <= cp.multiply(rise, active)], setter
 
     def table(self, rows: list[np.ndarray]) -> np.ndarray:
         """The rows of `lower` as `(outputs, pieces)`, -1 for none."""
@@ -150,7 +160,7 @@ class PoolPieces:
         outputs, inputs = self.selection()
         return [y[outputs] >= z[inputs]]
 
-    def upper(self, y: cp.Variable, z: cp.Variable) -> tuple[cp.Constraint, Setter]:
+    def lp(self, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
         """y <= slope z_i + shift with i the input of largest upper end in its window."""
         outputs, inputs = self.selection()
         slope, shift = cp.Parameter(len(inputs), nonneg=True), cp.Parameter(y.size)
@@ -161,9 +171,19 @@ class PoolPieces:
             spread = torch.zeros_like(low).scatter_(2, best, steepness.unsqueeze(2))
             assign((slope, shift), spread[:, :, torch.as_tensor(self.places >= 0)], constant)
 
-        count = len(inputs)
-        summed = sp.csr_array((np.ones(count), (outputs, np.arange(count))), shape=(y.size, count))
-        return y <= summed @ cp.multiply(slope, z[inputs]) + shift, setter
+        return [y <= summed(outputs, y.size) @ cp.multiply(slope, z[inputs]) + shift], setter
+
+    def milp(self, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
+        """y equal to one input of its window, chosen by binaries, and above all of them."""
+        outputs, inputs = self.selection()
+        room = cp.Parameter(len(inputs), nonneg=True)
+        chosen = cp.Variable(len(inputs), boolean=True)
+
+        def setter(low, high):
+            assign((room,), self.operator(high).flatten()[outputs] - low.flatten()[inputs])
+
+        below = y[outputs] <= z[inputs] + room - cp.multiply(room, chosen)
+        return [below, summed(outputs, y.size) @ chosen == 1], setter
 
     def table(self, rows: list[np.ndarray]) -> np.ndarray:
         real = self.places >= 0
@@ -213,8 +233,8 @@ def matrix(operator: Affine, shape: Shape) -> tuple[sp.csr_array, np.ndarray]:
     return sp.hstack(columns, format="csr"), shift.numpy()
 
 
-def build(network: Network) -> Program:
-    """The paper's program for one network, eq. (8), relaxed to an LP, on a ball given later.
+def build(network: Network, integer: bool) -> Program:
+    """The paper's program for one network, eq. (8), on a ball given later.
 
     With z0 the input, k a node, [l, u] the certified box of its input z and y its output:
 
@@ -222,13 +242,14 @@ def build(network: Network) -> Program:
         subject to  x0 - eps <= z0 <= x0 + eps                        (bounds of the variable, no rows)
                     Linear, Conv2d:   y == W z + b
                     ReLU:             y >= 0,  y >= z                (lower pieces)
-                                      y <= u (z - l) / (u - l)       (Ehlers; y <= z or 0 where settled)
+                        LP:           y <= u (z - l) / (u - l)       (Ehlers; y <= z or 0 where settled)
+                        MILP:         y <= z - min(l, 0) (1 - a),  y <= max(u, 0) a,   a in {0, 1}
                     MaxPool2d:        y >= z_p for every p in the window
-                                      y <= slope z_i + shift         (the chord of `operators.MaxPool2d`)
+                        LP:           y <= slope z_i + shift         (the chord of `operators.MaxPool2d`)
+                        MILP:         y <= z_p + (max u - l_p) (1 - b_p),  sum_p b_p == 1,  b_p in {0, 1}
                     all others:       y between the two lines of `operators`
 
-    The exact network has y equal to one of the lower pieces: `exact` decides which, part by part. z_last is a variable,
-    so the objective has no constant; a solver's dual bound would leave it out.
+    z_last is a variable, so the objective has no constant; a solver's dual bound would leave it out.
     """
     size = math.prod(network.shapes[0])
     low, high = cp.Parameter(size), cp.Parameter(size)
@@ -251,9 +272,10 @@ def build(network: Network) -> Program:
         values.append(y)
         if type(node.operator) in PIECES:
             kind = PIECES[type(node.operator)](node.operator, shape)
-            lower, (upper, setter) = kind.lower(y, *z), kind.upper(y, *z)
-            constraints += [*lower, upper]
-            pieces[k] = kind, lower, upper
+            upper, setter = (kind.milp if integer else kind.lp)(y, *z)
+            lower = kind.lower(y, *z)
+            constraints += [*lower, *upper]
+            pieces[k] = kind, lower, upper[0]
             fill.append((network.place(k), setter))
         elif isinstance(node.operator, Add):
             constraints.append(y == z[0] + z[1])
@@ -285,6 +307,11 @@ def assign(parameters: tuple[cp.Parameter, ...], *values: Tensor) -> None:
     """Give each parameter its value."""
     for parameter, value in zip(parameters, values, strict=True):
         parameter.value = value.flatten().numpy()
+
+
+def summed(outputs: np.ndarray, size: int) -> sp.csr_array:
+    """The matrix that adds up what belongs to the same output."""
+    return sp.csr_array((np.ones(len(outputs)), (outputs, np.arange(len(outputs)))), shape=(size, len(outputs)))
 
 
 def set_image(program: Program, bounds: list[Box]) -> None:
