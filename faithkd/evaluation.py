@@ -4,7 +4,7 @@ Past the paper: two stronger searches, `auto_attack` for robust accuracy and `st
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from faithkd import arguments, attacks
 from faithkd.attacks import Clip
+from faithkd.bounds.domains import log_odds
 from faithkd.frozen import Frozen, frozen, own_settings
 from faithkd.losses import cross_entropy, kl
 
@@ -66,16 +67,7 @@ def empirical_lower_bound(
     in evaluation mode, from copies. Raises FaithkdError for arguments that make no sense. Source: §4.1, §6.
     """
     given = _given(x, eps, clip, teacher=teacher, student=student)
-    budget = _Budget(steps, restarts, seed, step_factor)
-
-    def prepare(logits, _x, _rows) -> Callable:
-        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            difference = _norm(*logits(z))
-            return difference, difference
-
-        return objective
-
-    witnesses = _attack(given, prepare, budget)
+    witnesses = _attack(given, lambda _, *logits: (_norm(*logits),) * 2, Search(steps, restarts, seed, step_factor))
     return LowerBound(_differences(given, witnesses), witnesses)
 
 
@@ -87,11 +79,9 @@ def strong_lower_bound(
     eps: float,
     *,
     classes: int = 3,
-    steps: int = 50,
     restarts: int = 5,
-    seed: int = 0,
-    step_factor: float = 2.5,
     clip: Clip | None = None,
+    **search,
 ) -> LowerBound:
     """EmpLB by a wider search, past §4.1: the best of PGD on many losses, all judged by ‖f_t(x') − f_s(x')‖∞.
 
@@ -99,14 +89,18 @@ def strong_lower_bound(
     ±(f_t^i − f_s^i), the same of the log-odds log f^i/(1 − f^i), which never go flat, for the `classes` leading classes
     i of an image, and both directions of KL: `restarts` times each, and the norm itself as often as all of them
     together. Never below `empirical_lower_bound` with the same arguments; as valid, some 30 times as expensive.
+    `search`: see `Search`.
     """
-    options = {"steps": steps, "seed": seed, "step_factor": step_factor, "clip": clip}
-    plain = empirical_lower_bound(teacher, student, x, eps, restarts=restarts, **options)
+    plain = empirical_lower_bound(teacher, student, x, eps, restarts=restarts, clip=clip, **search)
     given = _given(x, eps, clip, teacher=teacher, student=student)
-    losses = _wider_losses(arguments.whole("classes", classes))
+    losses, leading = _wider_losses(arguments.whole("classes", classes)), _leading(given)
     values, witnesses = plain.values.clone(), plain.witnesses.clone()
     for loss, times in [(_norm, restarts * len(losses)), *((loss, restarts) for loss in losses)]:
-        found = _attack(given, _climb(loss), _Budget(steps, times, seed, step_factor))
+
+        def objective(rows: slice, *logits: Tensor, loss: Loss = loss) -> tuple[Tensor, Tensor]:
+            return loss(*logits, leading[rows]), _norm(*logits)
+
+        found = _attack(given, objective, Search(restarts=times, **search))
         value = _differences(given, found)
         better = value > values
         values[better], witnesses[better] = value[better], found[better.to(found.device)]
@@ -114,66 +108,32 @@ def strong_lower_bound(
 
 
 @own_settings()
-def robust(
-    network: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    *,
-    steps: int = 50,
-    restarts: int = 1,
-    seed: int = 0,
-    step_factor: float = 2.5,
-    clip: Clip | None = None,
-) -> Attack:
+def robust(network: nn.Module, x: Tensor, y: Tensor, eps: float, *, clip: Clip | None = None, **search) -> Attack:
     """Whether PGD on L_CE(f(x'), y) finds no misclassified point of B_ε(x), eq. (2); its mean is robust accuracy, §6.
 
     `holds` is an upper estimate of robustness: an attack that fails proves nothing. At ε = 0 it is clean accuracy.
+    `search`: `steps`, `restarts`, `seed` and `step_factor`, see `Search`.
     """
     given = _given(x, eps, clip, network=network)
     labels = given.labels(y)
 
-    def prepare(logits, _x, rows: slice) -> Callable:
-        own_labels = labels[rows]
+    def objective(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy(logits, labels[rows]), (logits.argmax(1) != labels[rows]).to(logits.dtype)
 
-        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            (own,) = logits(z)
-            return cross_entropy(own, own_labels), (own.argmax(1) != own_labels).to(z.dtype)
-
-        return objective
-
-    witnesses = _attack(given, prepare, _Budget(steps, restarts, seed, step_factor))
+    witnesses = _attack(given, objective, Search(**search))
     return Attack(_classes(given, witnesses)[0] == labels, witnesses)
 
 
 @own_settings()
-def hardest(
-    network: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    eps: float,
-    *,
-    steps: int = 50,
-    restarts: int = 1,
-    seed: int = 0,
-    step_factor: float = 2.5,
-    clip: Clip | None = None,
-) -> Tensor:
+def hardest(network: nn.Module, x: Tensor, y: Tensor, eps: float, *, clip: Clip | None = None, **search) -> Tensor:
     """The point of each B_ε(x) with the largest L_CE(f(x'), y) that PGD meets, eq. (2): (N, *shape).
 
     Unlike the witnesses of `robust` it is as bad as can be also where the attack fails, or has succeeded already.
+    `search`: see `Search`.
     """
     given = _given(x, eps, clip, network=network)
     labels = given.labels(y)
-
-    def prepare(logits, _x, rows: slice) -> Callable:
-        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            loss = cross_entropy(*logits(z), labels[rows])
-            return loss, loss
-
-        return objective
-
-    return _attack(given, prepare, _Budget(steps, restarts, seed, step_factor))
+    return _attack(given, lambda rows, logits: (cross_entropy(logits, labels[rows]),) * 2, Search(**search))
 
 
 @own_settings()
@@ -196,7 +156,7 @@ def auto_attack(
     arguments.choice("version", version, ("standard", "plus"))
     given, seed = _given(x, eps, clip, network=network), arguments.random_seed(seed)
     x, eps, labels = given.x, given.eps, given.labels(y)
-    lower, upper = given.ball()
+    lower, upper = attacks.ball(x, eps, given.clip)
     witnesses = torch.clamp(x, lower, upper)
     holds = _classes(given, witnesses)[0] == labels
     # It takes inputs in [0, 1] for granted and clips to them. Either that range is our clip, or it holds every ball
@@ -217,34 +177,21 @@ def auto_attack(
 
 @own_settings()
 def agreement(
-    teacher: nn.Module,
-    student: nn.Module,
-    x: Tensor,
-    eps: float,
-    *,
-    steps: int = 50,
-    restarts: int = 1,
-    seed: int = 0,
-    step_factor: float = 2.5,
-    clip: Clip | None = None,
+    teacher: nn.Module, student: nn.Module, x: Tensor, eps: float, *, clip: Clip | None = None, **search
 ) -> Attack:
     """Whether teacher and student agree at x and PGD finds no x' in B_ε(x) with c_t(x') ≠ c_s(x'), eqs (13)–(14).
 
     The mean of `holds` is the empirical distillation agreement: an upper estimate of Def. 3. The attack maximises
     the student's cross-entropy against the teacher's hard prediction at the perturbed image x', which is what
-    Def. 1 asks for. Where both disagree already at x, the witness is x.
+    Def. 1 asks for. Where both disagree already at x, the witness is x. `search`: see `Search`.
     """
     given = _given(x, eps, clip, teacher=teacher, student=student)
 
-    def prepare(logits, _x, _rows) -> Callable:
-        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            teachers, students = logits(z)
-            hard = teachers.argmax(1)
-            return cross_entropy(students, hard), (students.argmax(1) != hard).to(z.dtype)
+    def objective(_, teachers: Tensor, students: Tensor) -> tuple[Tensor, Tensor]:
+        hard = teachers.argmax(1)
+        return cross_entropy(students, hard), (students.argmax(1) != hard).to(students.dtype)
 
-        return objective
-
-    witnesses = _attack(given, prepare, _Budget(steps, restarts, seed, step_factor))
+    witnesses = _attack(given, objective, Search(**search))
     teachers, students = _classes(given, witnesses)
     return Attack(teachers == students, witnesses)
 
@@ -295,12 +242,8 @@ def _norm(teacher_logits: Tensor, student_logits: Tensor, leading: Tensor | None
     return (torch.softmax(teacher_logits, 1) - torch.softmax(student_logits, 1)).abs().amax(1)
 
 
-def _confidence(logits: Tensor, i: Tensor) -> Tensor:
-    return torch.softmax(logits, 1).gather(1, i)[:, 0]
-
-
-def _log_odds(logits: Tensor, i: Tensor) -> Tensor:
-    return (logits.gather(1, i) - logits.scatter(1, i, -torch.inf).logsumexp(1, keepdim=True))[:, 0]
+def _confidence(logits: Tensor, label: Tensor) -> Tensor:
+    return torch.softmax(logits, 1).gather(1, label[:, None])[:, 0]
 
 
 def _wider_losses(classes: int) -> list[Loss]:
@@ -308,40 +251,30 @@ def _wider_losses(classes: int) -> list[Loss]:
 
     def signed(measure: Callable, sign: int, place: int) -> Loss:
         def loss(teacher_logits: Tensor, student_logits: Tensor, leading: Tensor) -> Tensor:
-            i = leading[:, [min(place, leading.shape[1] - 1)]]
-            return sign * (measure(teacher_logits, i) - measure(student_logits, i))
+            label = leading[:, min(place, leading.shape[1] - 1)]
+            return sign * (measure(teacher_logits, label) - measure(student_logits, label))
 
         return loss
 
-    choices = [(m, sign, place) for m in (_confidence, _log_odds) for sign in (1, -1) for place in range(classes)]
+    choices = [(m, sign, place) for m in (_confidence, log_odds) for sign in (1, -1) for place in range(classes)]
     return [signed(*choice) for choice in choices] + [lambda t, s, _: kl(s, t), lambda t, s, _: kl(t, s)]
 
 
-def _climb(loss: Loss) -> Callable:
-    """For `_attack`: climbs `loss` and is judged by the norm."""
-
-    def prepare(logits, x: Tensor, _rows) -> Callable:
-        with torch.no_grad():
-            sure = torch.maximum(*(torch.softmax(each, 1) for each in logits(x)))
-        leading = sure.argsort(1, descending=True)
-
-        def objective(z: Tensor) -> tuple[Tensor, Tensor]:
-            both = logits(z)
-            return loss(*both, leading), _norm(*both)
-
-        return objective
-
-    return prepare
+def _leading(given: "_Given") -> Tensor:
+    """The classes of each image, those first that either network is most sure of: (N, C)."""
+    with torch.no_grad():
+        sure = [torch.maximum(*(torch.softmax(each, 1) for each in logits(x))) for _, x, _, logits, _ in _chunks(given)]
+    return torch.cat(sure).argsort(1, descending=True) if sure else given.x.new_zeros(0, given.classes).long()
 
 
 @dataclass(frozen=True)
-class _Budget:
-    """How long eq. (2) is followed, and from where."""
+class Search:
+    """How long eq. (2) is followed, and from where: `restarts` runs of `steps` of size `step_factor`·ε/`steps`."""
 
-    steps: int
-    restarts: int
-    seed: int
-    step_factor: float
+    steps: int = 50
+    restarts: int = 1
+    seed: int = 0
+    step_factor: float = 2.5
 
     def __post_init__(self) -> None:
         arguments.whole("steps", self.steps)
@@ -363,9 +296,6 @@ class _Given:
 
     def labels(self, y) -> Tensor:
         return arguments.labels(y, len(self.x), self.classes).to(self.x.device)
-
-    def ball(self) -> tuple[Tensor, Tensor]:
-        return attacks.ball(self.x, self.eps, self.clip)
 
 
 def _given(x, eps=0.0, clip=None, **networks: nn.Module) -> _Given:
@@ -403,24 +333,32 @@ def _differences(given: _Given, points: Tensor) -> Tensor:
     return _norm(*_logits(given, points)).nan_to_num(0.0).cpu()
 
 
-def _attack(given: _Given, prepare: Callable, budget: _Budget) -> Tensor:
-    """Witnesses of the best of `restarts` searches, in chunks; one seed draws the same starts on every run.
-
-    `prepare(logits, x, rows)` gives the objective of `search` for the images `rows` of all, `x` in whatever layout;
-    `logits` are those of all networks at the same points.
-    """
-    steps = budget.steps if given.eps else 0
-    settings = {
-        "steps": steps,
-        "step_size": budget.step_factor * given.eps / max(steps, 1),
-        "restarts": budget.restarts,
-        "generator": torch.Generator().manual_seed(budget.seed),
-    }
-    found = []
+def _chunks(given: _Given) -> Iterator[tuple]:
+    """Pieces of the images: which, and in the layout of `attacks.fastest` themselves, their clip, the networks' logits
+    as a function, and the way back."""
     for start in range(0, len(given.x), CHUNK):
         rows = slice(start, start + CHUNK)
         clip = tuple(end[rows] for end in given.clip)
         networks, x, clip, back = attacks.fastest(tuple(given.rough.networks.values()), given.x[rows], clip)
-        logits = replace(given.rough, networks=dict(zip(given.rough.networks, networks, strict=True)))
-        found.append(back(attacks.search(prepare(logits, x, rows), x, given.eps, clip=clip, **settings)[0]))
+        yield rows, x, clip, replace(given.rough, networks=dict(zip(given.rough.networks, networks, strict=True))), back
+
+
+def _attack(given: _Given, objective: Callable, search: Search) -> Tensor:
+    """Witnesses of the best of `restarts` runs, in chunks; one seed draws the same starts on every call.
+
+    `objective(rows, *logits)` is that of `attacks.search`, from all networks' logits at points of the images `rows`.
+    """
+    steps, found = search.steps if given.eps else 0, []
+    settings = {
+        "steps": steps,
+        "step_size": search.step_factor * given.eps / max(steps, 1),
+        "restarts": search.restarts,
+        "generator": torch.Generator().manual_seed(search.seed),
+    }
+    for rows, x, clip, logits, back in _chunks(given):
+
+        def climbed(z: Tensor, rows: slice = rows, logits: Frozen = logits) -> tuple[Tensor, Tensor]:
+            return objective(rows, *logits(z))
+
+        found.append(back(attacks.search(climbed, x, given.eps, clip=clip, **settings)[0]))
     return torch.cat(found) if found else given.x.clone()

@@ -80,10 +80,7 @@ def fit(
         teacher = deepcopy(teacher).to(device).eval().requires_grad_(False)
     clip = clip and (clip[0].to(device), clip[1].to(device))
     optimizer = torch.optim.SGD(
-        network.parameters(),
-        lr=settings.learning_rate,
-        momentum=schedule.momentum,
-        weight_decay=settings.weight_decay,
+        network.parameters(), lr=settings.learning_rate, momentum=schedule.momentum, weight_decay=settings.weight_decay
     )
     generator = torch.Generator().manual_seed(seed)
     state = _resume(checkpoint, network, optimizer, generator) or State()
@@ -134,13 +131,7 @@ def _epoch(network, teacher, train, method, settings, schedule, epoch, optimizer
         ramp = min(1.0, (epoch + number / len(batches)) / schedule.ramp_epochs) if schedule.ramp_epochs else 1.0
         x_adv = _maximise(network, teacher, x, y, method.attack, schedule.attack, ramp, clip, generator)
         loss = method.loss(
-            network,
-            teacher,
-            x,
-            x_adv,
-            y,
-            getattr(settings, "alpha", None),
-            getattr(settings, "temperature", None),
+            network, teacher, x, x_adv, y, getattr(settings, "alpha", None), getattr(settings, "temperature", None)
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

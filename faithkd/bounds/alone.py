@@ -25,10 +25,10 @@ from faithkd.bounds.domains import (
     halve,
     lines_of,
     loose_units,
+    loosest_place,
     rank_in,
     rebox,
     whole,
-    widest_input,
     with_inputs,
 )
 from faithkd.bounds.linear import backward, pull
@@ -175,13 +175,8 @@ def loosest(root: Root, tree: Tree, upper: Tensor, label: Tensor) -> tuple[Split
     row = torch.where(upper[:, None], own - high_weights, low_weights - own)
     trace, lines = {}, lines_of(root, tree.domains)
     form, _ = pull(root.network, lines, row.unsqueeze(1), trace=trace)
-    low, high = ball_of(root, tree.domains)
-    _, scores, _ = loose_units(root, lines, {}, trace, torch.where(form[:, 0] > 0, high, low))
-    # an entry of score 0 first: for networks without any ReLU
-    names = torch.tensor([(0, 0)] + [(k, unit) for k in scores for unit in range(scores[k].shape[1])])
-    best, which = torch.cat([row.new_zeros(len(row), 1), *scores.values()], 1).max(1)
-    node, unit = names[which].unbind(1)
-    settled, (coordinate, moves) = ~(best > 0), widest_input([form[:, 0]], (low, high))
-    network = torch.where(settled, BOTH, root.q)
-    splits = Splits(network, node.masked_fill(settled, 0), torch.where(settled, coordinate, unit))
+    form, (low, high) = form[:, 0], ball_of(root, tree.domains)
+    _, scores, _ = loose_units(root, lines, {}, trace, torch.where(form > 0, high, low))
+    scores = {(root.q, k): score for k, score in scores.items()}
+    splits, settled, moves = loosest_place(scores, [form], (low, high))
     return splits, ~settled | moves

@@ -169,16 +169,22 @@ def with_inputs(root: Root, domains: Domain) -> Domain:
     return replace(domains, input=ball_of(root, domains))
 
 
-def widest_input(forms: list[Tensor], box: Box) -> tuple[Tensor, Tensor]:
-    """The input along which forms `(B, *image)` change most in their box, and whether any does, two `(B,)`."""
+def loosest_place(
+    scores: dict[tuple[int, int], Tensor], forms: list[Tensor], box: Box
+) -> tuple[Splits, Tensor, Tensor]:
+    """Where to split: at the unit of the largest score `(B, units)`, by network and node; where all units are settled,
+    at the input along which forms `(B, *image)` change most in their box. Also who is settled, and whether any input
+    changes them at all, two `(B,)`.
+    """
     change = sum(form.abs() for form in forms) * (box[1] - box[0])
-    most, unit = change.flatten(1).max(1)
-    return unit, most > 0
-
-
-def logit_size(roots: tuple[Root, ...], image: Tensor) -> Tensor:
-    """The largest absolute logit of either network on the image's ball."""
-    return torch.stack([end.abs().amax(1) for root in roots for end in root.bounds[-1]]).amax(0)[image]
+    most, coordinate = change.flatten(1).max(1)
+    # an entry of score 0 first: for networks without any ReLU
+    names = [(BOTH, 0, 0)] + [(*place, unit) for place, part in scores.items() for unit in range(part.shape[1])]
+    best, which = torch.cat([most.new_zeros(len(most), 1), *scores.values()], 1).max(1)
+    network, node, unit = torch.tensor(names)[which].unbind(1)
+    settled = ~(best > 0)
+    unit = torch.where(settled, coordinate, unit)
+    return Splits(network.masked_fill(settled, BOTH), node.masked_fill(settled, 0), unit), settled, most > 0
 
 
 def rank_in(group: Tensor, value: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds.descent import Range, minimise
-from faithkd.bounds.domains import ROUNDING, Domain, Root, Table, ball_of, lines_of, logit_size, mapped
+from faithkd.bounds.domains import ROUNDING, Domain, Root, Table, ball_of, lines_of, mapped
 from faithkd.bounds.graph import Network
 from faithkd.bounds.linear import Dual, Slopes, over_ball, pull
 from faithkd.bounds.operators import Box, Lines
@@ -95,6 +95,13 @@ class Row(Table):
     def capped(self) -> "Row":
         """The rows with values no larger than `apart`."""
         return replace(self, value=torch.minimum(self.value, self.apart()))
+
+
+def known_ranges(roots: tuple[Root, Root], rows: Row, image: Tensor) -> tuple[Tensor, Tensor]:
+    """`range` and `near` of rows on the whole balls of the images `(B,)`."""
+    odds = rows.sorted(*(torch.stack([end[image, rows.label] for end in root.odds], 1) for root in roots))
+    _, lower = rows.sorted(*(root.highest[image] for root in roots))
+    return torch.cat(odds, 1), near_range(lower, rows.ref)
 
 
 def near_range(highest: Tensor, ref: Tensor) -> Tensor:
@@ -194,7 +201,8 @@ class Setting:
 def setting(roots: tuple[Root, Root], domains: Domain) -> Setting:
     """The setting of rows in these domains, one for each."""
     pair, lines = tuple(root.network for root in roots), tuple(lines_of(root, domains) for root in roots)
-    return Setting(pair, lines, domains, ball_of(roots[0], domains), logit_size(roots, domains.image))
+    size = torch.stack([end.abs().amax(1) for root in roots for end in root.bounds[-1]]).amax(0)
+    return Setting(pair, lines, domains, ball_of(roots[0], domains), size[domains.image])
 
 
 def bound(at: Setting, rows: Row) -> tuple[Tensor, Tensor]:
@@ -238,9 +246,9 @@ def all_rows(roots: tuple[Root, Root], logits: tuple[Tensor, Tensor]) -> Row:
     rows = Row(image, order, label, label, *[nothing] * 7, slopes, push)
     at_upper, at_lower = rows.sorted(*(part[image] for part in logits))
     ref = at_lower.masked_fill(F.one_hot(label, classes).bool(), -math.inf).argmax(1)
-    ranges = torch.cat(rows.sorted(*(torch.stack([end[image, label] for end in root.odds], 1) for root in roots)), 1)
-    near = near_range(rows.sorted(*(root.highest[image] for root in roots))[1], ref)
-    rows = replace(rows, ref=ref, range=ranges, near=near, w=at_upper, k=secants(ranges).log())
+    rows = replace(rows, ref=ref, w=at_upper)
+    ranges, near = known_ranges(roots, rows, image)
+    rows = replace(rows, range=ranges, near=near, k=secants(ranges).log())
     rows = replace(rows, s=middle_sum(rows).log(), cut=torch.zeros_like(at_upper))
     return replace(rows, value=rows.apart())
 

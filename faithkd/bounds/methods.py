@@ -169,13 +169,7 @@ def faithfulness_upper_bound(
 
 @torch.inference_mode(False)  # descent needs gradients
 def faithfulness_upper_bounds(
-    teacher: nn.Module,
-    students: Sequence[nn.Module],
-    x: Tensor,
-    eps: float,
-    *,
-    clip: tuple | None = None,
-    **choices,
+    teacher: nn.Module, students: Sequence[nn.Module], x: Tensor, eps: float, *, clip: tuple | None = None, **choices
 ) -> list[UpperBound]:
     """`faithfulness_upper_bound` of each student of one teacher, who is bounded only once for all of them, eq. (11).
 
@@ -334,7 +328,7 @@ def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[l
 
 def attained(pair: tuple[Network, Network], balls: Balls, choices: Choices) -> tuple[Tensor, Tensor]:
     """A difference that is attained in each ball, `(N,)`, and where: at x, for "best" where PGD finds more (§4.1)."""
-    x = search.clip(balls.x, *balls.reach)
+    x = torch.clamp(balls.x, *balls.reach)
     if choices.method != "best" or not len(x):
         return search.gap(pair, x), x
     exact = bool((x.float().double() == x).all())
@@ -354,7 +348,7 @@ def attained(pair: tuple[Network, Network], balls: Balls, choices: Choices) -> t
         generator=torch.Generator().manual_seed(choices.seed),
         clip=tuple(end.float() if exact else end for end in balls.reach),
     )
-    witnesses = search.clip(witnesses.double(), *balls.reach)
+    witnesses = torch.clamp(witnesses.double(), *balls.reach)
     return search.gap(pair, witnesses), witnesses
 
 

@@ -322,14 +322,14 @@ class MaxPool2d(Operator):
 
     def __post_init__(self) -> None:
         self.stride = self.stride or self.kernel_size
-        if self.ceil_mode:
-            raise FaithkdError("max-pooling with ceil_mode is not supported")
 
     def __call__(self, z):
         return F.max_pool2d(z, *vars_of(self))
 
     def check(self, shape):
         super().check(shape)
+        if self.ceil_mode:
+            raise FaithkdError("max-pooling with ceil_mode is not supported")
         if (self.windows(shape) < 0).all(dim=0).any():
             raise FaithkdError("a window of a max-pool covers only padding, its maximum is -infinity")
 

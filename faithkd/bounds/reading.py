@@ -107,15 +107,13 @@ def add(builder: Builder, after: Shape, first, second, alpha=1) -> Place:
     return builder.scale(second, alpha, first)
 
 
-def subtract(builder: Builder, after: Shape, first, second, alpha=1) -> Place:
-    return add(builder, after, first, second, -alpha)
-
-
 def multiply(builder: Builder, after: Shape, first, second) -> Place:
     return builder.scale(*((first, second) if isinstance(first, Place) else (second, first)))
 
 
 def divide(builder: Builder, after: Shape, first, second) -> Place:
+    if isinstance(second, Place):
+        raise FaithkdError(f"{builder.where}: only numbers can divide an image's values")
     return builder.scale(first, 1 / second)
 
 
@@ -141,10 +139,6 @@ def adaptive_avg_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place
     return builder.add(AvgPool2d(tuple(here // there for here, there in zip(before[1:], after[1:], strict=True))), z)
 
 
-def matmul(builder: Builder, after: Shape, z: Place, weight: Tensor) -> Place:
-    return builder.add(Linear(weight.T), z)
-
-
 OPERATIONS = {  # torch's operations by name
     "linear": partial(simple, Linear),
     "conv2d": partial(simple, Conv2d),
@@ -153,11 +147,14 @@ OPERATIONS = {  # torch's operations by name
     "relu": partial(simple, ReLU),
     "tanh": partial(simple, partial(SShaped, "tanh")),
     "sigmoid": partial(simple, partial(SShaped, "sigmoid")),
-    "matmul": matmul,
+    "matmul": lambda builder, after, z, weight: builder.add(Linear(weight.T), z),
     "adaptive_avg_pool2d": adaptive_avg_pool2d,
     "batch_norm": batch_norm,
     "leaky_relu": leaky_relu,
-    **{"add": add, "sub": subtract, "mul": multiply, "div": divide},
+    "add": add,
+    "sub": lambda builder, after, first, second, alpha=1: add(builder, after, first, second, -alpha),
+    "mul": multiply,
+    "div": divide,
     **dict.fromkeys(("flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze"), view),
     "dropout": dropout,
     **dict.fromkeys(("alias", "clone", "contiguous", "detach"), same),

@@ -30,11 +30,11 @@ from faithkd.bounds.domains import (
     log_odds,
     log_odds_range,
     loose_units,
+    loosest_place,
     meet,
     rank_in,
     rebox,
     whole,
-    widest_input,
     with_inputs,
 )
 from faithkd.bounds.graph import Network
@@ -81,11 +81,7 @@ def start(roots: tuple[Root, Root], reach: Box, lower: Tensor, witnesses: Tensor
 
 
 def certify(
-    roots: tuple[Root, Root],
-    leaves: Leaves,
-    tolerance: float,
-    nodes: int,
-    deadline: float = math.inf,
+    roots: tuple[Root, Root], leaves: Leaves, tolerance: float, nodes: int, deadline: float = math.inf
 ) -> tuple[Leaves, Tensor]:
     """The whole search from `start`, on each network `alone` and on the joint rows by turns: both say what they can.
 
@@ -123,13 +119,11 @@ def worst_rows(leaves: Leaves) -> Tensor:
 
 def inherit(roots: tuple[Root, Root], leaves: Leaves) -> Leaves:
     """The leaves with what `alone` found on the whole balls: narrower ranges of m and of the differences in L."""
-    rows, image = leaves.rows, leaves.image
-    odds = rows.sorted(*(torch.stack([end[image, rows.label] for end in root.odds], 1) for root in roots))
-    near = near_range(rows.sorted(*(root.highest[image] for root in roots))[1], rows.ref)
-    ranges = []
-    for old, new in zip(rows.range.split(2, 1), odds, strict=True):
-        ranges += intersected(old, new)
-    rows = replace(rows, range=torch.stack(ranges, 1), near=torch.stack(intersected(rows.near, near), 1))
+    rows = leaves.rows
+    known, near = joint.known_ranges(roots, rows, leaves.image)
+    pairs = zip(rows.range.split(2, 1), known.split(2, 1), strict=True)
+    ranges = torch.stack([end for old, new in pairs for end in intersected(old, new)], 1)
+    rows = replace(rows, range=ranges, near=torch.stack(intersected(rows.near, near), 1))
     return replace(leaves, rows=rows.capped())
 
 
@@ -145,11 +139,7 @@ def gap(pair: tuple[Network, Network], x: Tensor) -> Tensor:
 
 
 def search_jointly(
-    roots: tuple[Root, Root],
-    leaves: Leaves,
-    tolerance: float,
-    nodes: Tensor,
-    deadline: float = math.inf,
+    roots: tuple[Root, Root], leaves: Leaves, tolerance: float, nodes: Tensor, deadline: float = math.inf
 ) -> tuple[Leaves, Tensor]:
     """Split the largest leaves of each image until bound - lower bound <= tolerance, or `nodes` per image are made.
 
@@ -196,7 +186,7 @@ def largest_domains(leaves: Leaves, busy: Tensor) -> Tensor:
 def witness(pair: tuple[Network, Network], leaves: Leaves, x: Tensor, image: Tensor) -> Leaves:
     """Raise the lower bounds where a leaf's worst point `x` is an actual point of larger difference."""
     lower, witnesses = leaves.lower.clone(), leaves.witnesses.clone()
-    x = clip(x, *(end[image] for end in leaves.reach))  # a leaf's ends are rounded outwards
+    x = torch.clamp(x, *(end[image] for end in leaves.reach))  # a leaf's ends are rounded outwards
     found = gap(pair, x)
     best = rank_in(image, found) == 0
     better = best & (found > lower[image])
@@ -267,26 +257,19 @@ def decide(roots: tuple[Root, Root], domains: Domain, rows: Row) -> Decision:
         form, _ = pull(root.network, at.lines[q], logit_rows[q].unsqueeze(1), dual=duals[q], trace=traces[q])
         forms.append(form[:, 0])
     x = torch.where(forms[0] + forms[1] > 0, at.box[1], at.box[0])
-    # an entry of score 0 first: for pairs without any ReLU
-    names, scores, loose, ends = [(BOTH, 0, 0)], [x.new_zeros(len(x), 1)], 0.0, []
+    scores, loose, ends = {}, torch.zeros(len(x), dtype=torch.float64), []
     for q, root in enumerate(roots):
         gaps, score, logits = loose_units(root, at.lines[q], duals[q].slopes, traces[q], x)
         ends.append(logits)
-        for k in gaps:
-            loose = loose + gaps[k].sum(1)
-            scores.append(score[k])
-            names += [(q, k, unit) for unit in range(score[k].shape[1])]
-    best, which = torch.cat(scores, 1).max(1)
-    network, node, unit = torch.tensor(names)[which].unbind(1)
+        loose = sum((gap.sum(1) for gap in gaps.values()), loose)
+        scores |= {(q, k): part for k, part in score.items()}
     terms, cuts, label = loose_terms(scored, *rows.sorted(*ends))
     # where all ReLUs are settled the input is split: cuts alone grow ever thinner there and gain ever less
-    settled, (coordinate, moves) = ~(best > 0), widest_input(forms, at.box)
+    splits, settled, moves = loosest_place(scores, forms, at.box)
     terms = torch.where(torch.where(settled, moves, far)[:, None], 0.0, terms)
     sizes = torch.cat([torch.where(settled, 0.0, loose)[:, None], terms], 1).nan_to_num(0.0)
     kind = torch.where(settled & ~moves, NOTHING, DOMAIN)
     kind = torch.where(sizes.amax(1) > 1e-9, sizes.argmax(1), kind)
-    network, node = network.masked_fill(settled, BOTH), node.masked_fill(settled, 0)
-    splits = Splits(network, node, torch.where(settled, coordinate, unit))
     return Decision(kind, splits, label, cuts.gather(1, (kind - 1).clamp(0, 2)[:, None])[:, 0])
 
 
@@ -306,15 +289,15 @@ def loose_terms(rows: Row, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor
     """
     k_upper, k_lower = rows.k.exp().unbind(1)
     a_upper, b_upper, a_lower, b_lower = rows.range.unbind(1)
-    m_upper = clip(log_odds(upper, rows.label), a_upper, b_upper)
-    m_lower = clip(log_odds(lower, rows.label), a_lower, b_lower)
+    m_upper = torch.clamp(log_odds(upper, rows.label), a_upper, b_upper)
+    m_lower = torch.clamp(log_odds(lower, rows.label), a_lower, b_lower)
     lost_upper = joint.tangent(k_upper, a_upper, b_upper, 1) - (torch.sigmoid(m_upper) - k_upper * m_upper)
     lost_lower = (torch.sigmoid(m_lower) - k_lower * m_lower) - joint.tangent(k_lower, a_lower, b_lower, -1)
 
     low, high = rows.near.unbind(1)
     slope, shift = joint.chords(rows.near, rows.label, rows.ref)
     d = lower - lower.gather(1, rows.ref[:, None])
-    d = clip(d, low, high)
+    d = torch.clamp(d, low, high)
     own = F.one_hot(rows.label, d.shape[1]).bool()
     term = d.exp().masked_fill(own, 0.0)
     over = (slope * d + shift - term).masked_fill(own, 0.0).clamp(min=0)
@@ -323,7 +306,7 @@ def loose_terms(rows: Row, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor
     worst = over.argmax(1)
     low, high, slope = (part.gather(1, worst[:, None])[:, 0] for part in (low, high, slope))
     margin = 0.05 * (high - low)
-    touch = clip(slope.clamp(min=1e-30).log(), low + margin, high - margin)
+    touch = torch.clamp(slope.clamp(min=1e-30).log(), low + margin, high - margin)
     at = torch.where((low < -0.1) & (high > 0.1), 0.0, touch)
     cuts = [inner(m_upper, a_upper, b_upper), inner(m_lower, a_lower, b_lower), at]
     return torch.stack([lost_upper, lost_lower, lost_near], 1), torch.stack(cuts, 1), worst
@@ -333,12 +316,7 @@ def inner(m: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """m, moved away from the ends of its range: each part keeps at least 15 % of the range of sig(m)."""
     ends = torch.sigmoid(torch.stack([low, high]))
     inside = torch.logit((ends + 0.15 * (ends.flip(0) - ends)).clamp(1e-12, 1 - 1e-12))
-    return clip(clip(m, *inside), low, high)
-
-
-def clip(m: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """m cut to [low, high]."""
-    return torch.minimum(torch.maximum(m, low), high)
+    return torch.clamp(torch.clamp(m, *inside), low, high)
 
 
 def narrow(roots: tuple[Root, Root], domains: Domain, rows: Row, network: Tensor) -> Row:
@@ -385,15 +363,14 @@ def halve_rows(roots: tuple[Root, Root], domains: Domain, rows: Row, found: Deci
 
 def refer(roots: tuple[Root, Root], domains: Domain, rows: Row, which: Tensor, to: Tensor) -> Row:
     """Rows `which` with the reference class `to`: z_j - z_to from z_j - z_r and z_to - z_r, and from the root."""
-    mine, here = rows[which], torch.arange(len(which))
-    image = domains.image[mine.domain]
-    known = near_range(mine.sorted(*(root.highest[image] for root in roots))[1], to)
+    mine, here = replace(rows[which], ref=to), torch.arange(len(which))
+    _, known = joint.known_ranges(roots, mine, domains.image[mine.domain])
     low, high = mine.near.unbind(1)
     low, high = low - high[here, to][:, None], high - low[here, to][:, None]
     room = ROUNDING * (1 + low.abs() + high.abs())
     near = torch.stack(intersected(torch.stack([low - room, high + room], 1), known), 1)
     near[here, :, to] = 0.0
-    mine = replace(mine, near=near, ref=to, cut=torch.zeros_like(mine.cut))
+    mine = replace(mine, near=near, cut=torch.zeros_like(mine.cut))
     mine = replace(mine, s=joint.middle_sum(mine).log())
     columns = {name: getattr(rows, name).clone() for name in ("near", "ref", "cut", "s")}
     for name, column in columns.items():
