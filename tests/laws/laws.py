@@ -419,6 +419,17 @@ def split_at_random(at, parts, generator):
     return parts, halves, domains.rebox(at.roots, halves, splits.join(splits))
 
 
+def inputs_are_halved(parents, halves):
+    """Where an input is split, the halves share the volume of the box: none is as large as before."""
+    first, second = (tuple(end[some] for end in halves.input) for some in torch.arange(len(halves.image)).chunk(2))
+    volumes = [(high - low).flatten(1).prod(1) for low, high in (parents.input, first, second)]
+    split = torch.zeros(len(parents.image), dtype=torch.bool)
+    for half in (first, second):
+        for end, before in zip(half, parents.input, strict=True):
+            split |= (end != before).flatten(1).any(1)
+    assert ((volumes[1] + volumes[2] - volumes[0])[split].abs() < 1e-9).all()
+
+
 def halves_cover_their_domain():
     """Every point of a domain lies in one half, in all its boxes, and none in a half that is dropped as empty.
 
@@ -430,6 +441,7 @@ def halves_cover_their_domain():
         parts = leaves.domains
         for _ in range(3):
             parents, halves, empty = split_at_random(at, parts, generator)
+            inputs_are_halved(parents, halves)
             count = len(parents.image)
             for number in range(count):
                 before = at.in_phase(parents, number)
