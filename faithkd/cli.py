@@ -20,11 +20,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from faithkd import errors, paths, workers
 from faithkd.errors import FaithkdError
-from faithkd.reproduce import notebooks, records
+
+try:
+    import typer
+
+    from faithkd.reproduce import notebooks, records
+except ModuleNotFoundError as missing:
+    sys.exit(f"faithkd: {missing.name} is not installed; the command line needs pip install 'faithkd[notebooks]'")
 
 app = typer.Typer(
     help="Faithful Knowledge Distillation, executable: run the notebooks, look at the parameters.",

@@ -10,7 +10,7 @@ import pandas
 import pytest
 from conftest import REPOSITORY
 
-from faithkd import ledger, params, paths, recipes
+from faithkd import errors, ledger, params, paths, recipes
 from faithkd.report import pages
 from faithkd.reproduce import notebooks
 
@@ -143,10 +143,15 @@ def test_damaged_files_are_named_with_a_remedy(home, monkeypatch, sound, content
     sound.write_bytes(content)
     (complaint,) = notebooks.check(sound, params.load())
     assert complaint.startswith("is no notebook")
-    uses = {sound: lambda: notebooks.title(sound), about: notebooks._expectations, table: notebooks._claims}
+    about.with_name("table2.csv").write_text("method,eps,bound,mean\nFD,0.1,EmpLB,0.1\n")
+    uses = {
+        sound: lambda: notebooks.title(sound),
+        about: pages._expectations,
+        table: lambda: pages._committed("claims"),
+    }
     for path, use in uses.items():
         path.write_bytes(content)
-        with pytest.raises(notebooks.NotebookError, match=f"{path} cannot be read .*get it anew with git checkout"):
+        with pytest.raises(errors.NotebookError, match=f"{path} cannot be read .*get it anew with git checkout"):
             use()
         if path != sound:
             path.unlink()

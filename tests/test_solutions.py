@@ -8,7 +8,9 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 
-from faithkd import notebooks, paths, teaching
+from faithkd import notebooks, paths
+from faithkd.report import pages
+from faithkd.reproduce import teaching
 
 CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -57,7 +59,7 @@ def test_printed_solutions_run(path, tmp_path, monkeypatch):
         if cell["cell_type"] == "code":
             run("".join(cell["source"]), names)
             if "parameters" in cell["metadata"].get("tags", []):
-                names["profile"] = notebooks.QUICK
+                names["profile"] = pages.QUICK
     _, solutions = teaching.exercises(notebook)
     for number, text in solutions.items():
         left = dict(names)

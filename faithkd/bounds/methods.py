@@ -285,7 +285,10 @@ def bounder(network: Network, q: int, choices: Choices) -> Callable[[Tensor, Ten
     """A function from boxes of images to one network's rungs. Programs are compiled once, when it is made."""
     names, opened = LADDER[choices.method], None
     if "lp" in names:
-        from faithkd.bounds import exact  # cvxpy takes seconds to import
+        try:
+            from faithkd.bounds import exact  # cvxpy takes seconds to import
+        except ModuleNotFoundError as missing:
+            raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[lp]' for lp and milp") from None
 
         opened = exact.opener(network, choices.solver)
 

@@ -89,13 +89,15 @@ def _expectations() -> list[str]:
     """A row for each profile whose figures are committed: data, time it took, FD's bounds in the middle of Table 2."""
     rows = []
     for profile, table in _committed("table2").items():  # without it, only some notebooks ran
-        made = json.loads((paths.ROOT / "figures" / profile / "provenance.json").read_text(encoding="utf-8"))
+        source = paths.ROOT / "figures" / profile / "provenance.json"
+        with paths.reading(source):
+            made = json.loads(source.read_text(encoding="utf-8"))
+            minutes, name = sum(made["seconds"].values()) / 60, made["params"]["data"]["name"]
         radii = list(dict.fromkeys(table["eps"]))
         eps = radii[len(radii) // 2]
         mean = table[(table["method"] == "FD") & (table["eps"] == eps)].set_index("bound")["mean"]
         told = f"FD at ε = {eps}: mean EmpLB {mean['EmpLB']:.3f}, mean FaithUB {mean['FaithUB']:.3f}"
-        minutes = f"{sum(made['seconds'].values()) / 60:.0f} min"
-        rows.append([f"`{profile}`", made["params"]["data"]["name"], minutes, told])
+        rows.append([f"`{profile}`", name, f"{minutes:.0f} min", told])
     return _table(["profile", "data", "on 2 CPU cores", "what to expect"], rows)
 
 
@@ -126,8 +128,12 @@ def _committed(name: str) -> dict:
     """figures/<profile>/<name>.csv as a DataFrame for every profile that has one, without overrides and but QUICK."""
     files = sorted((paths.ROOT / "figures").glob(f"*/{name}.csv"))
     known = {file.stem for file in (paths.ROOT / "params").glob("*.yaml")} - {QUICK}
-    files = [file for file in files if file.parent.name in known]
-    return {file.parent.name: pd.read_csv(file, dtype={"eps": str}) for file in files}
+    found = {}
+    for file in files:
+        if file.parent.name in known:
+            with paths.reading(file):
+                found[file.parent.name] = pd.read_csv(file, dtype={"eps": str}).astype({"eps": str})  # all have it
+    return found
 
 
 def _numbers() -> list[str]:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -42,19 +41,9 @@ def execution() -> dict:
     }
 
 
-@contextmanager
-def reading(path: Path):
-    """Tell which committed file is damaged."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NotebookError(f"{path} cannot be read ({what}): mend it, or get it anew with git checkout") from None
-
-
 def cells(path: Path) -> list[dict]:
     """The cells of a notebook, the source of each as one text."""
-    with reading(path):
+    with paths.reading(path):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [{**cell, "cell_type": cell["cell_type"], "source": "".join(cell["source"])} for cell in cells]
 
@@ -223,7 +212,7 @@ def _refresh(path: Path) -> None:
     from faithkd.reproduce import params
 
     os.environ.pop("MPLBACKEND", None)  # a user's own choice would leave the notebooks without pictures
-    with reading(path):
+    with paths.reading(path):
         notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
     try:
