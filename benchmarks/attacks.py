@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.common import RESULTS, Contender, OnlyReport, Out, Profile, Settings, pipes, save
-from faithkd import attacks, data, experiment, params
+from faithkd import experiment, params
+from faithkd.core import attacks, data
+from faithkd.core.evaluation import confidence_difference
+from faithkd.core.losses import METHODS, attack_labels
 from faithkd.errors import FaithkdError
-from faithkd.evaluation import confidence_difference
-from faithkd.losses import METHODS, attack_labels
 
 TASKS = ("RT", *METHODS, "EmpLB")
 TOLERANCE = 1e-5  # how far float32 may carry a point out of its ball

@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.common import RESULTS, OnlyReport, Out, Profile, Settings, facts, save, start, taking_part
 from benchmarks.contenders import CONTENDERS, load
-from faithkd import data, experiment, params
+from faithkd import experiment, params
+from faithkd.core import data
 
 WARM_UP = 1e-3  # share of eps
 LONG = 1.0  # seconds an image: above, only `best` is measured; `bab` is the same search on one core

@@ -12,8 +12,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from faithkd.attacks import ball
 from faithkd.bounds import interval_bound, softmax_interval
+from faithkd.core.attacks import ball
 from faithkd.errors import FaithkdError
 
 with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):

@@ -13,8 +13,8 @@ import torch
 from gurobipy import GRB
 from torch import Tensor, nn
 
-from faithkd.attacks import ball
 from faithkd.bounds import interval_bound, softmax_interval
+from faithkd.core.attacks import ball
 from faithkd.errors import FaithkdError
 
 Layers = list[tuple[np.ndarray, np.ndarray]]  # W, b of each linear layer; a ReLU between any two

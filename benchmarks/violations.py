@@ -14,9 +14,10 @@ import typer
 from torch import Tensor, nn
 
 from benchmarks.common import start
-from faithkd import attacks, empirical_lower_bound
+from faithkd import empirical_lower_bound
 from faithkd.bounds import METHODS, faithfulness_upper_bound
-from faithkd.evaluation import confidence_difference
+from faithkd.core import attacks
+from faithkd.core.evaluation import confidence_difference
 
 ROUNDING = 1e-12
 IMAGES = 4  # balls for each pair of networks

@@ -10,8 +10,8 @@ from importlib import import_module
 from faithkd.errors import FaithkdError
 
 _PUBLIC = {
-    "empirical_lower_bound": "evaluation",
-    "LowerBound": "evaluation",
+    "empirical_lower_bound": "core.evaluation",
+    "LowerBound": "core.evaluation",
     "faithfulness_upper_bound": "bounds",
     "faithfulness_upper_bounds": "bounds",
     "UpperBound": "bounds",
@@ -19,6 +19,7 @@ _PUBLIC = {
 }
 # Modules that notebooks import by their short names: `from faithkd import data, experiment, figures`.
 _MODULES = {
+    **{name: f"core.{name}" for name in ("data", "models", "attacks", "losses", "training", "evaluation")},
     "params": "reproduce.params",
     "experiment": "reproduce.experiment",
     "parallel": "workers",

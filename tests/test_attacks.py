@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from faithkd import models, params
-from faithkd.attacks import ascend, ball, fastest, random_start, search
+from faithkd import params
+from faithkd.core import models
+from faithkd.core.attacks import ascend, ball, fastest, random_start, search
 
 
 def generator(seed=0):

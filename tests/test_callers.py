@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import faithkd
-from faithkd import arguments, attacks, evaluation, models
+from faithkd import arguments
+from faithkd.core import attacks, evaluation, models
 from faithkd.errors import FaithkdError
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64

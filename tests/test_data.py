@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from faithkd import data, params
+from faithkd import params
+from faithkd.core import data
 from faithkd.errors import FaithkdError
 
 

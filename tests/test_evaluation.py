@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import faithkd
-from faithkd import evaluation, experiment, params, tables
+from faithkd import experiment, params, tables
+from faithkd.core import evaluation
 from faithkd.errors import FaithkdError
 from faithkd.report.paper import STUDENTS
 

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from faithkd import bounds, data, evaluation, experiment, figures, ledger, losses, paper, params, recipes, tables
+from faithkd import bounds, experiment, figures, ledger, paper, params, recipes, tables
+from faithkd.core import data, evaluation, losses
+from faithkd.core.losses import Method
 from faithkd.errors import FaithkdError
-from faithkd.losses import Method
 from faithkd.report.paper import STUDENTS
 
 

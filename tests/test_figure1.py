@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from faithkd import attacks
-from faithkd.data import Split
+from faithkd.core import attacks
+from faithkd.core.data import Split
 from faithkd.report import figure1
 
 EPS = 0.1

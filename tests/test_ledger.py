@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from faithkd import experiment, figures, ledger, params, tables, training
+from faithkd import experiment, figures, ledger, params, tables
+from faithkd.core import training
 from faithkd.report.decide import seeds_needed
 from faithkd.report.paper import STUDENTS
 

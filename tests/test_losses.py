@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from faithkd import losses
+from faithkd.core import losses
+from faithkd.core.losses import METHODS
 from faithkd.errors import FaithkdError
-from faithkd.losses import METHODS
 
 
 class Fixed(nn.Module):

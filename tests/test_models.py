@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from faithkd import data, models, params
+from faithkd import params
+from faithkd.core import data, models
 
 COUNTS = {"mnist": (27_580, 17_170), "fashion_mnist": (56_296, 26_760), "cifar10": (31_450, 16_354)}
 SMALLER = {"mnist": 37.7, "fashion_mnist": 52.5, "cifar10": 48.0}  # %, §6

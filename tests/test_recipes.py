@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from faithkd import bounds, data, evaluation, losses, models, params, recipes, training
+from faithkd import bounds, params, recipes
+from faithkd.core import data, evaluation, losses, models, training
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from faithkd import data, losses, models, params, training
-from faithkd.losses import Method
+from faithkd import params
+from faithkd.core import data, losses, models, training
+from faithkd.core.losses import Method
 
 
 def small(**changes):
@@ -227,7 +228,7 @@ def test_convolutions_are_attacked_on_blocks_and_end_where_they_would_without(me
         share = start if lower.shape == x.shape else models.to_blocks(start)
         return lower + share * (upper - lower)
 
-    monkeypatch.setattr("faithkd.attacks.random_start", same_start)
+    monkeypatch.setattr("faithkd.core.attacks.random_start", same_start)
     attack, seen = losses.METHODS[method].attack, []
 
     def watched(student, teacher, z, label):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from faithkd import experiment, params, training
+from faithkd import experiment, params
+from faithkd.core import training
 from faithkd.reproduce import artefacts
 
 WEIGHTS = Path(__file__).parents[1] / "weights"

@@ -14,7 +14,8 @@ import pytest
 import torch
 from joblib.externals.loky import get_reusable_executor
 
-from faithkd import data, experiment, params, workers
+from faithkd import experiment, params, workers
+from faithkd.core import data
 from faithkd.errors import FaithkdError, ParamsError
 from faithkd.reproduce import artefacts
 

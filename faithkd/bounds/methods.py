@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from faithkd import arguments, attacks, workers
+from faithkd import arguments, workers
 from faithkd.bounds import agreement as agreements
 from faithkd.bounds import search
 from faithkd.bounds.domains import Root, root
@@ -18,6 +18,7 @@ from faithkd.bounds.graph import Network, check_images, inner_ball, outer_ball, 
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.operators import Box
 from faithkd.bounds.softmax import pair_bound, softmax_interval
+from faithkd.core import attacks
 from faithkd.errors import FaithkdError
 
 METHODS = {

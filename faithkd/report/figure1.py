@@ -6,10 +6,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from faithkd import evaluation
-from faithkd.attacks import Clip, ball, fastest, search
-from faithkd.data import Split
-from faithkd.losses import cross_entropy
+from faithkd.core import evaluation
+from faithkd.core.attacks import Clip, ball, fastest, search
+from faithkd.core.data import Split
+from faithkd.core.losses import cross_entropy
 
 
 def heat_map(

@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from faithkd import data
+from faithkd.core import data
 from faithkd.errors import FaithkdError
 from faithkd.report import ledger, tables
 from faithkd.report.decide import MARGIN

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from faithkd import data, evaluation, losses, models, recipes, training, workers
+from faithkd import recipes, workers
 from faithkd.bounds import (
     ALONE,
     CERTIFIED,
@@ -29,9 +29,10 @@ from faithkd.bounds import (
     interval_bound,
     softmax_interval,
 )
-from faithkd.data import Split
+from faithkd.core import data, evaluation, losses, models, training
+from faithkd.core.data import Split
+from faithkd.core.losses import METHODS
 from faithkd.errors import FaithkdError
-from faithkd.losses import METHODS
 from faithkd.report import figure1, ledger
 from faithkd.report.paper import STUDENTS
 from faithkd.reproduce import artefacts

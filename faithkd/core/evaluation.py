@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from faithkd import arguments, attacks
-from faithkd.attacks import Clip
+from faithkd import arguments
 from faithkd.bounds.domains import log_odds
+from faithkd.core import attacks
+from faithkd.core.attacks import Clip
+from faithkd.core.losses import cross_entropy, kl
 from faithkd.frozen import Frozen, frozen, own_settings
-from faithkd.losses import cross_entropy, kl
 
 CHUNK = 500  # images attacked at once: large enough for fast matrix products, small enough for the cache
 

@@ -15,10 +15,10 @@ from torch import nn
 from tqdm import tqdm
 
 from faithkd import paths
-from faithkd.attacks import Clip, ascend, fastest
-from faithkd.data import Split
-from faithkd.losses import Method, attack_difference, attack_labels, attack_soft_labels, cross_entropy
-from faithkd.models import initialise
+from faithkd.core.attacks import Clip, ascend, fastest
+from faithkd.core.data import Split
+from faithkd.core.losses import Method, attack_difference, attack_labels, attack_soft_labels, cross_entropy
+from faithkd.core.models import initialise
 
 REDRAWS = 3  # so often at most other initial weights are drawn for a network that has died during the ramp
 MONITORED = 1000  # held-out images on which robust accuracy is recorded after each epoch; it decides nothing

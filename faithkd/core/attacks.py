@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from faithkd import arguments, models
+from faithkd import arguments
+from faithkd.core import models
 from faithkd.frozen import own_settings
 
 Clip = tuple[torch.Tensor | float, torch.Tensor | float]

@@ -105,7 +105,7 @@ def reversed_kl(method: Method) -> Method:
         if "divergence" not in signature(part).parameters:
             raise FaithkdError(
                 f"train.kl=reverse: {part.__name__} of {method.title} has no argument `divergence`; "
-                "give it one, as in faithkd/losses.py, or set train.kl=forward"
+                "give it one, as in faithkd/core/losses.py, or set train.kl=forward"
             )
     attack = method.attack and partial(method.attack, divergence=reverse_kl)
     return replace(method, loss=partial(method.loss, divergence=reverse_kl), attack=attack)

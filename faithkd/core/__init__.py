@@ -1,0 +1,1 @@
+"""The paper itself: data, networks, attacks, losses, training, and what is measured."""
