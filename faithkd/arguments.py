@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Iterable
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,12 @@ ROOM = 1e-5  # images are made in float32, so their values may lie a few of its 
 def number(name: str, value, least: float = 0.0) -> float:
     """One finite number from `least` on, given as a number or as a tensor or array with one element."""
     try:
-        given = value.item() if math.prod(getattr(value, "shape", (0,))) == 1 else value
-        if isinstance(given, Real) and not isinstance(given, bool) and least <= (found := float(given)) < math.inf:
-            return found
-    except (OverflowError, RuntimeError):  # beyond all floats; a tensor without values
-        pass
-    raise FaithkdError(f"{name} must be one finite number >= {least:g}, not {value!r}")
+        found = math.nan if isinstance(value, bool | str) else float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        found = math.nan
+    if not least <= found < math.inf:
+        raise FaithkdError(f"{name} must be one finite number >= {least:g}, not {value!r}")
+    return found
 
 
 def radius(eps) -> float:
@@ -89,45 +89,33 @@ def clip_range(clip, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def labels(y, count: int, classes: int) -> Tensor:
-    """Labels `(N,)` in int64, from whole numbers of any type, `(N,)`, `(N, 1)` or one-hot `(N, C)`."""
+    """Labels `(N,)` in int64, from whole numbers of any type."""
     try:
-        given = torch.as_tensor(y).detach()
-        values = given.double()
+        values = torch.as_tensor(y).detach().double()
     except (RuntimeError, TypeError, ValueError) as problem:
         raise FaithkdError(f"y must be a tensor of {count} labels, not {type(y).__name__}") from problem
-    if values.shape == (count, 1):
-        values = values[:, 0]
-    elif values.shape == (count, classes) and ((values == 0) | (values == 1)).all() and (values.sum(1) == 1).all():
-        values = values.argmax(1).double()
-    if values.shape != (count,) or given.is_complex():
-        raise FaithkdError(
-            f"y must hold one label for each of {count} images, ({count},), ({count}, 1) or one-hot "
-            f"({count}, {classes}), not {_kind(given)}"
-        )
+    if values.shape != (count,):
+        raise FaithkdError(f"y must hold one label for each of {count} images, ({count},), not {_kind(values)}")
     if (wrong := ~((values >= 0) & (values < classes) & (values == values.floor()))).any():
         raise FaithkdError(f"y must hold whole numbers from 0 to {classes - 1}, the classes, not {values[wrong][0]:g}")
     return values.long()
-
-
-def weights(module: nn.Module, where: str) -> None:
-    """Refuse weights of one layer that are no finite real numbers, or are not there."""
-    for kind, weight in module.named_parameters(recurse=False):
-        if nn.parameter.is_lazy(weight) or weight.is_meta:
-            raise FaithkdError(f"{where}: the {kind} has no values yet (lazy or on the meta device); load or make them")
-        if not weight.is_floating_point():
-            raise FaithkdError(f"{where}: the {kind} is of type {weight.dtype}, not a real floating-point number")
-        if weight.layout != torch.strided:
-            raise FaithkdError(f"{where}: the {kind} is sparse ({weight.layout}); make it dense, weight.to_dense()")
-        if not torch.isfinite(weight.detach()).all():
-            raise FaithkdError(f"{where}: the {kind} holds NaN or infinity; train or load the network again")
 
 
 def network(module: nn.Module, name: str) -> None:
     """Refuse what is no module with finite weights; whether it returns logits, `class_count` sees."""
     if not isinstance(module, nn.Module):
         raise FaithkdError(f"{name} must be a torch.nn.Module that returns logits (N, C), not {_kind(module)}")
-    for position, part in module.named_modules():
-        weights(part, f"{name}, layer {position}" if position else name)
+    for path, weight in module.named_parameters(remove_duplicate=False):
+        *layer, kind = path.split(".")
+        where = f"{name}, layer {'.'.join(layer)}: the {kind}" if layer else f"{name}: the {kind}"
+        if nn.parameter.is_lazy(weight) or weight.is_meta:
+            raise FaithkdError(f"{where} has no values yet (lazy or on the meta device); load or make them")
+        if not weight.is_floating_point():
+            raise FaithkdError(f"{where} is of type {weight.dtype}, not a real floating-point number")
+        if weight.layout != torch.strided:
+            raise FaithkdError(f"{where} is sparse ({weight.layout}); make it dense, weight.to_dense()")
+        if not torch.isfinite(weight.detach()).all():
+            raise FaithkdError(f"{where} holds NaN or infinity; train or load the network again")
 
 
 def class_count(logits, x: Tensor, name: str) -> int:

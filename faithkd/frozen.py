@@ -5,7 +5,7 @@ networks with their own weights, and what they say at an image is right but for 
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -16,17 +16,12 @@ from torch.utils._pytree import tree_map
 
 from faithkd.errors import FaithkdError
 
-_CASTS = (Tensor.half, Tensor.bfloat16, Tensor.float)
-
 
 @contextmanager
 def own_settings() -> Iterator[None]:
     """PyTorch's settings as gradients and exact values need them, and afterwards the caller's again."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
+    cpu, gpu = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
+    with torch.inference_mode(False), torch.enable_grad(), cpu, gpu:
         yield
 
 
@@ -44,7 +39,7 @@ class Precision(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         args, kwargs = tree_map(self._cast, (args, kwargs or {}))
-        if function in _CASTS:
+        if function in (Tensor.half, Tensor.bfloat16, Tensor.float):
             return args[0]
         result = function(*args, **kwargs)
         return result if isinstance(result, torch.dtype) else tree_map(self._cast, result)
@@ -54,22 +49,23 @@ class Precision(TorchFunctionMode):
 class Frozen:
     """Networks that all see the same points: `(N, *shape)` to a tuple of logits `(N, C)`, in `dtype`."""
 
-    networks: dict[str, nn.Module]
+    networks: tuple[nn.Module, ...]
+    names: tuple[str, ...]
     dtype: torch.dtype
     precision: AbstractContextManager
 
     def __call__(self, z: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._logits(name, z.clone()) for name in self.networks)  # its first layer may work in place
-
-    def _logits(self, name: str, z: Tensor) -> Tensor:
-        try:
-            with self.precision:
-                return self.networks[name](z)
-        except Exception as problem:  # whatever a caller's own code raises
-            raise FaithkdError(
-                f"{name} cannot be run on images of shape {tuple(z.shape[1:])} in {self.dtype}: "
-                f"{type(problem).__name__}: {problem}"
-            ) from problem
+        found = []
+        for network, name in zip(self.networks, self.names, strict=True):
+            try:
+                with self.precision:
+                    found.append(network(z.clone()))  # its first layer may work in place
+            except Exception as problem:  # whatever a caller's own code raises
+                raise FaithkdError(
+                    f"{name} cannot be run on images of shape {tuple(z.shape[1:])} in {self.dtype}: "
+                    f"{type(problem).__name__}: {problem}"
+                ) from problem
+        return tuple(found)
 
 
 def frozen(networks: dict[str, nn.Module], dtype: torch.dtype, x: Tensor) -> Frozen:
@@ -79,22 +75,19 @@ def frozen(networks: dict[str, nn.Module], dtype: torch.dtype, x: Tensor) -> Fro
     """
     found = {weight.dtype for net in networks.values() for weight in (*net.parameters(), *net.buffers())}
     uniform = all(each == dtype or not each.is_floating_point for each in (*found, x.dtype))
-    copies = {name: _copy(network, name).to(device=x.device, dtype=dtype) for name, network in networks.items()}
+    copies = tuple(_copy(network, name).to(device=x.device, dtype=dtype) for name, network in networks.items())
     # a search may spare the time that this takes where all is in one precision already
-    return Frozen(copies, dtype, nullcontext() if uniform and dtype != torch.float64 else Precision(dtype))
+    return Frozen(
+        copies, (*networks,), dtype, nullcontext() if uniform and dtype != torch.float64 else Precision(dtype)
+    )
 
 
 @torch.no_grad()  # else a scripted network's copied weights are no leaves
 def _copy(network: nn.Module, name: str) -> nn.Module:
     """A frozen copy; of weights that a hook has computed (pruning, weight norm), which forbid it, their values."""
-    computed = [
-        value
-        for module in network.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
+    held = [value for module in network.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     try:
-        copy = deepcopy(network, {id(value): value.detach().clone() for value in computed})
+        copy = deepcopy(network, {id(value): value.detach().clone() for value in held if not value.is_leaf})
     except Exception as problem:
         raise FaithkdError(
             f"{name}, a {type(network).__name__}, cannot be copied, which keeps your own untouched: "
@@ -102,6 +95,4 @@ def _copy(network: nn.Module, name: str) -> nn.Module:
         ) from problem
     with suppress(NotImplementedError):  # of an exported graph, which has the mode it was exported in
         copy.eval()
-    for weight in copy.parameters():
-        weight.requires_grad_(False)
-    return copy
+    return copy.requires_grad_(False)

@@ -1,35 +1,19 @@
 """One projected gradient ascent, eq. (2), for training, robust accuracy, agreement and EmpLB alike."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from faithkd import arguments
-from faithkd.core import models
 from faithkd.frozen import own_settings
 
-Clip = tuple[torch.Tensor | float, torch.Tensor | float]
+Clip = tuple[Tensor | float, Tensor | float]
 
 
-def fastest(
-    networks: Sequence[nn.Module | None], x: torch.Tensor, clip: Clip | None
-) -> tuple[Sequence[nn.Module | None], torch.Tensor, Clip | None, Callable[[torch.Tensor], torch.Tensor]]:
-    """Networks, images and clip in the layout that PGD climbs fastest in, and what brings its points back from there.
-
-    That is 2 × 2 blocks of pixels (`models.on_blocks`) if it suits every network, else what was given. Only for
-    objectives that do nothing to images but hand them to these networks.
-    """
-    blocks = [None if network is None else models.on_blocks(network, x.shape[1:]) for network in networks]
-    if any((new is None) != (old is None) for new, old in zip(blocks, networks, strict=True)):
-        return networks, x, clip, lambda points: points
-    clip = clip and tuple(models.to_blocks(end) for end in arguments.clip_range(clip, x))
-    return blocks, models.to_blocks(x), clip, models.from_blocks
-
-
-def ball(x: torch.Tensor, eps: float, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Corners of B_ε(x) = {x' : ‖x' − x‖∞ ≤ ε}, Def. 2, rounded inwards, as tensors like `x` (float32 or float64).
+def ball(x: Tensor, eps: float, clip: Clip | None = None) -> tuple[Tensor, Tensor]:
+    """Corners of the ball B_ε(x) = {x' : ‖x' − x‖∞ ≤ ε}, Def. 2, rounded inwards; tensors like `x`, float32 or float64.
 
     A point between them lies in the ball in exact arithmetic: a witness of EmpLB may never profit from a rounding
     error. `clip` = (low, high), numbers or tensors, intersects the ball with valid inputs, in exact arithmetic too.
@@ -43,7 +27,7 @@ def ball(x: torch.Tensor, eps: float, clip: Clip | None = None) -> tuple[torch.T
     return torch.where(nothing, x, lower), torch.where(nothing, x, upper)
 
 
-def _inwards(corner: torch.Tensor, sign: float, x: torch.Tensor, eps: float, end: torch.Tensor) -> torch.Tensor:
+def _inwards(corner: Tensor, sign: float, x: Tensor, eps: float, end: Tensor) -> Tensor:
     """A lower (`sign` 1) or upper corner (−1) moved to the next numbers until it lies in the ball and inside `end`."""
     towards = torch.full_like(corner, sign * math.inf)
     while True:
@@ -58,45 +42,32 @@ def _inwards(corner: torch.Tensor, sign: float, x: torch.Tensor, eps: float, end
         corner = torch.where(outside, torch.nextafter(corner, towards), corner)
 
 
-def random_start(lower: torch.Tensor, upper: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def random_start(lower: Tensor, upper: Tensor, generator: torch.Generator) -> Tensor:
     """A uniformly random point of the box. Drawn on the CPU, so that every device starts from the same point."""
     share = torch.rand(lower.shape, generator=generator, dtype=lower.dtype, device="cpu").to(lower.device)
     return torch.clamp(lower + share * (upper - lower), lower, upper)
 
 
-def step(
-    z: torch.Tensor, gradient: torch.Tensor, size: float, lower: torch.Tensor, upper: torch.Tensor
-) -> torch.Tensor:
-    """One step of projected gradient ascent, Π_S(z + η sgn ∇L(z)), eq. (2), in as little new memory as can be."""
-    moved = gradient.sign().mul_(size).add_(z)
+def step(z: Tensor, loss: Tensor, size: float, lower: Tensor, upper: Tensor) -> Tensor:
+    """One step of projected gradient ascent, Π_S(z + η sgn ∇L(z)), eq. (2); z where no loss (N,) depends on z."""
+    gradient = torch.autograd.grad(loss.sum(), z, allow_unused=True)[0] if loss.requires_grad else None
+    if gradient is None:
+        return z.detach()
+    moved = gradient.sign().mul_(size).add_(z.detach())  # in as little new memory as can be
     return torch.clamp(moved, lower, upper, out=moved)
-
-
-def slope(loss: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """∇L(z) of one loss per image (N,); 0 where the loss does not depend on z."""
-    if not loss.requires_grad:
-        return torch.zeros_like(z)
-    (gradient,) = torch.autograd.grad(loss.sum(), z, allow_unused=True)
-    return torch.zeros_like(z) if gradient is None else gradient
-
-
-def _check(x, steps: int, step_size: float) -> torch.Tensor:
-    arguments.whole("steps", steps, 0)
-    arguments.number("step_size", step_size)
-    return arguments.images(x)
 
 
 @own_settings()
 def ascend(
-    objective: Callable[[torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
+    objective: Callable[[Tensor], Tensor],
+    x: Tensor,
     eps: float,
     *,
     steps: int,
     step_size: float,
     generator: torch.Generator,
     clip: Clip | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Last iterate of x^{t+1} = Π_S(x^t + η sgn ∇L(x^t)) from a random start, eq. (2).
 
     `objective` maps (N, *shape) to one value per image (N,). This is the inner maximisation of training, eq. (3),
@@ -109,16 +80,14 @@ def ascend(
         lower, upper = torch.maximum(lower, low.to(x)), torch.minimum(upper, high.to(x))
     z = random_start(lower, upper, generator)
     for _ in range(steps):
-        z.requires_grad_(True)
-        gradient = slope(objective(z.clone()), z)
-        z = step(z.detach(), gradient, step_size, lower, upper)
+        z = step(z, objective(z.requires_grad_(True).clone()), step_size, lower, upper)
     return z
 
 
 @own_settings()
 def search(
-    objective: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-    x: torch.Tensor,
+    objective: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
     eps: float,
     *,
     steps: int,
@@ -126,7 +95,7 @@ def search(
     restarts: int,
     generator: torch.Generator,
     clip: Clip | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Best point met on `restarts` runs of eq. (2): (witnesses (N, *shape), their scores (N,)).
 
     `objective` maps (N, *shape) to (loss, score), each (N,): the ascent follows the loss, the best point is judged by
@@ -145,9 +114,14 @@ def search(
         for number in range(steps + 1):
             z.requires_grad_(number < steps)
             loss, score = objective(z.clone())
-            score, point = score.detach(), z.detach()
-            better = score > best_score
-            best[better], best_score[better] = point[better], score[better]
+            better = score.detach() > best_score
+            best[better], best_score[better] = z.detach()[better], score.detach()[better]
             if number < steps:
-                z = step(point, slope(loss, z), step_size, lower, upper)
+                z = step(z, loss, step_size, lower, upper)
     return best, best_score
+
+
+def _check(x, steps: int, step_size: float) -> Tensor:
+    arguments.whole("steps", steps, 0)
+    arguments.number("step_size", step_size)
+    return arguments.images(x)

@@ -1,10 +1,7 @@
 """MNIST, Fashion-MNIST, CIFAR-10 and scikit-learn's digits as tensors in the networks' own input space."""
 
-import gzip
-import math
 import os
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +25,11 @@ CLASSES = {
 }
 SHAPES = {name: shape for name, (_, _, shape) in IMAGES.items()}
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}  # its classes
+PLACES = {  # where their files are in a folder of data; an .npz holds x_train, y_train, x_test, y_test
+    "mnist": ["MNIST"],
+    "fashion_mnist": ["FashionMNIST"],
+    "cifar10": ["cifar10.npz", "cifar-10-batches-py"],
+}
 
 # Test images of CIFAR-10 that are only approximate in the array file `cifar10.npz` (see its README). They are left
 # out whichever source is used, so that one seed draws one and the same subset everywhere.
@@ -55,19 +57,19 @@ class Split:
 
 def training(p: "Params") -> Split:
     """The training images without the held-out ones (§6 trains on all of them and stops early on the test set)."""
-    rows = _shuffled(p, len(_raw(p.data.name, True)[1]))[p.data.validation :]
+    rows = _drawn(p, IMAGES[p.data.name][0])[p.data.validation :]
     return _split(p, True, rows.sort().values)
 
 
 def validation(p: "Params") -> Split:
     """The `data.validation` training images held out for early stopping, drawn by seed."""
-    rows = _shuffled(p, len(_raw(p.data.name, True)[1]))[: p.data.validation]
+    rows = _drawn(p, IMAGES[p.data.name][0])[: p.data.validation]
     return _split(p, True, rows.sort().values)
 
 
 def test(p: "Params") -> Split:
     """The whole test set; CIFAR-10 without the 20 images that its array file holds only approximately."""
-    rows = torch.arange(len(_raw(p.data.name, False)[1]))
+    rows = torch.arange(IMAGES[p.data.name][1])
     if p.data.name == "cifar10":
         rows = rows[~torch.isin(rows, torch.tensor(CIFAR10_APPROXIMATE))]
     return _split(p, False, rows)
@@ -85,8 +87,7 @@ def test_subset(p: "Params") -> Split:
             f"data.test_images is {p.data.test_images}, but {p.data.name} has only {len(everything)} test images; "
             f"choose at most {len(everything)}"
         )
-    rows = torch.randperm(len(everything), generator=torch.Generator().manual_seed(p.seed))
-    return everything[rows[: p.data.test_images]]
+    return everything[_drawn(p, len(everything))[: p.data.test_images]]
 
 
 def clip_range(p: "Params") -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -101,14 +102,20 @@ def to_pixels(p: "Params", x: torch.Tensor) -> np.ndarray:
     return pixels.squeeze(1).numpy() if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1).numpy()
 
 
+def pixels_range(name: str) -> int:
+    """The largest raw pixel value: 16 for scikit-learn's digits, 255 elsewhere."""
+    return 16 if name == "digits" else 255
+
+
+def _drawn(p: "Params", count: int) -> torch.Tensor:
+    """The numbers below `count` in a random order that follows from the seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(p.seed))
+
+
 def _standardisation(p: "Params") -> tuple[torch.Tensor, torch.Tensor]:
     if p.data.space == "pixel":
         return torch.tensor(0.0), torch.tensor(1.0)
     return torch.tensor(p.data.mean).view(-1, 1, 1), torch.tensor(p.data.std).view(-1, 1, 1)
-
-
-def _shuffled(p: "Params", count: int) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(p.seed))
 
 
 def _split(p: "Params", train: bool, rows: torch.Tensor) -> Split:
@@ -118,22 +125,31 @@ def _split(p: "Params", train: bool, rows: torch.Tensor) -> Split:
     return Split(x, labels[rows], rows)
 
 
-def pixels_range(name: str) -> int:
-    """The largest raw pixel value: 16 for scikit-learn's digits, 255 elsewhere."""
-    return 16 if name == "digits" else 255
-
-
 @lru_cache(maxsize=4)
 def _raw(name: str, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Raw pixels (N, channels, height, width) as uint8 and labels (N,), in the original order."""
     if name == "digits":
         return _digits(train)
-    files = _find(name, train) or _download(name, train)
+    source = _source(name)
     count, (channels, *size) = IMAGES[name][0 if train else 1], SHAPES[name]
-    forms = [((count, *size) if channels == 1 else (count, *size, channels), 255), ((count,), 9)]
-    pixels, labels = (_whole_numbers(*what, *form) for what, form in zip(_arrays(files, train), forms, strict=True))
+    try:
+        pixels, labels = _arrays(name, train, source)
+        _check("images", pixels, (count, *size) if channels == 1 else (count, *size, channels), 255)
+        _check("labels", labels, (count,), 9)
+    except Exception as error:  # networks, disks, archives: torchvision and numpy let a dozen kinds of error through
+        file = source if name == "cifar10" else source / "raw" / f"{'train' if train else 't10k'}-*-ubyte"
+        remedy = "put a sound copy there, or unset FAITHKD_DATA to download it"
+        if source.parent == ROOT / "data":
+            remedy = (
+                "connect to the internet to download it, after deleting what is damaged, or set FAITHKD_DATA to a "
+                f"folder that holds it (torchvision's layout{', or cifar10.npz' if name == 'cifar10' else ''}). "
+                "The profiles digits and smoke need no download"
+            )
+        what = str(error) or f"it has not the format of {TORCHVISION[name]}"
+        raise FaithkdError(f"{file} cannot be used: {what}; {remedy}") from None
+    pixels, labels = torch.from_numpy(pixels), torch.from_numpy(labels)
     pixels = pixels.unsqueeze(1) if channels == 1 else pixels.permute(0, 3, 1, 2).contiguous()
-    return pixels, labels.long()
+    return pixels.to(torch.uint8), labels.long()
 
 
 def _digits(train: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,118 +162,36 @@ def _digits(train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels[rows], torch.from_numpy(digits.target).long()[rows]
 
 
-def _folders() -> list[Path]:
-    """Where data sets are looked for: $FAITHKD_DATA first, then the repository's own `data/`."""
-    given = os.environ.get("FAITHKD_DATA")
-    folder = Path(given).expanduser() if given else None
-    if folder and not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)):
-        raise FaithkdError(
-            f"FAITHKD_DATA is {given!r}, which is not a folder that can be read; correct it or unset it to download"
-        )
-    return [*([folder] if folder else []), ROOT / "data"]
+def _source(name: str) -> Path:
+    """Where a data set is: in $FAITHKD_DATA, as soon as it begins to be there, else in the repository's own `data/`."""
+    folders, given = [ROOT / "data"], os.environ.get("FAITHKD_DATA")
+    if given:
+        folders.insert(0, Path(given).expanduser())
+        if not (folders[0].is_dir() and os.access(folders[0], os.R_OK | os.X_OK)):
+            raise FaithkdError(
+                f"FAITHKD_DATA is {given!r}, which is not a folder that can be read; correct it or unset it to download"
+            )
+    places = [folder / place for folder in folders for place in PLACES[name]]
+    return next(filter(os.path.lexists, places), places[-1])
 
 
-def _find(name: str, train: bool) -> list[Path] | None:
-    """The files of a data set in the first folder that has it.
-
-    What only begins to be there is returned too where the user named the folder, so that what is missing is told;
-    in the repository's own it is a download that was stopped, and None, as where there is nothing.
-    """
-    if name == "cifar10":
-        sources = [["cifar10.npz"], ["cifar-10-batches-py"]]
-    else:
-        part = "train" if train else "t10k"
-        sources = [[f"{TORCHVISION[name]}/raw/{part}-{what}-ubyte" for what in ("images-idx3", "labels-idx1")]]
-    for folder in _folders():
-        for source in sources:
-            files = [folder / file for file in source]
-            begun = folder != ROOT / "data" and os.path.lexists(folder / Path(source[0]).parts[0])
-            if begun or all(os.path.lexists(file) for file in files):
-                return files
-    return None
-
-
-def _download(name: str, train: bool) -> list[Path]:
-    """The files of a data set after torchvision has downloaded it into the repository's `data/`."""
+def _arrays(name: str, train: bool, source: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels with whatever the files hold; into the repository's own folder torchvision downloads them."""
+    if source.suffix == ".npz":
+        if not zipfile.is_zipfile(source):
+            raise ValueError("it is no .npz archive, or only its beginning")
+        part = "train" if train else "test"
+        with np.load(source, allow_pickle=False) as arrays:
+            return arrays[f"x_{part}"], arrays[f"y_{part}"]
     from torchvision import datasets
 
-    kind = TORCHVISION[name]
-    try:
-        getattr(datasets, kind)(root=ROOT / "data", train=train, download=True)
-        return _find(name, train)
-    except Exception as error:  # networks, disks, archives: torchvision lets a dozen kinds of error through
-        looked = " and ".join(str(folder) for folder in _folders())
-        raise FaithkdError(
-            f"the data set {kind} is not in {looked}, and downloading it failed "
-            f"({str(error) or type(error).__name__}). "
-            "Connect to the internet and try again, or set FAITHKD_DATA to a folder that holds it "
-            f"(torchvision's layout{', or cifar10.npz' if name == 'cifar10' else ''}). "
-            "The profiles digits and smoke need no download."
-        ) from None
+    found = getattr(datasets, TORCHVISION[name])(source.parent, train, download=source.parent == ROOT / "data")
+    return np.asarray(found.data), np.asarray(found.targets)
 
 
-@contextmanager
-def _reading(file: Path):
-    """Tell which file cannot be used, why, and what to do."""
-    try:
-        yield
-    except Exception as error:  # numpy, zipfile, lzma, torchvision: each has its own kinds of error
-        what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if file.is_symlink() and not file.exists():
-            what = f"it is a link to {os.readlink(file)}, where nothing is"
-        own = file.is_relative_to(ROOT / "data")
-        remedy = (
-            "delete it to download it again" if own else "put a sound copy there, or unset FAITHKD_DATA to download"
-        )
-        raise FaithkdError(f"{file} cannot be used: {what}; {remedy}") from None
-
-
-def _arrays(files: list[Path], train: bool):
-    """Yield (file, name of the array in it, array) of the images, then of the labels, with whatever they hold."""
-    if len(files) == 2:
-        for file in files:
-            with _reading(file):
-                yield file, "", _idx(file)
-    elif files[0].suffix == ".npz":
-        part = "train" if train else "test"
-        for name in (f"x_{part}: ", f"y_{part}: "):
-            with _reading(files[0]), open(files[0], "rb") as stream:
-                if not zipfile.is_zipfile(stream):
-                    raise ValueError("it is no .npz archive, or only its beginning")
-                with np.load(stream, allow_pickle=False) as arrays:
-                    array = np.asarray(arrays[name.removesuffix(": ")])
-            yield files[0], name, array
-    else:
-        from torchvision import datasets
-
-        with _reading(files[0]):
-            found = datasets.CIFAR10(root=files[0].parent, train=train, download=False)
-        yield files[0], "", found.data
-        yield files[0], "", np.asarray(found.targets)
-
-
-def _idx(file: Path) -> np.ndarray:
-    """The array in a file of MNIST's format, gzipped or not: 0, 0, 8 (bytes), number of dimensions, sizes, bytes."""
-    compressed = file.with_name(f"{file.name}.gz")
-    data = (compressed if compressed.exists() and not os.path.lexists(file) else file).read_bytes()
-    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    if data[:4] not in (b"\0\0\x08\x01", b"\0\0\x08\x03"):
-        raise ValueError(f"it begins with {data[:8]!r}, not as a file of MNIST's format" if data else "it is empty")
-    start = 4 + 4 * data[3]
-    shape = np.frombuffer(data[4:start], ">u4").tolist()
-    values = np.frombuffer(bytearray(data[start:]), np.uint8)
-    if values.size != math.prod(shape):
-        raise ValueError(f"it says that it holds {' x '.join(map(str, shape))} bytes, but has {values.size}")
-    return values.reshape(shape)
-
-
-def _whole_numbers(file: Path, name: str, array: np.ndarray, shape: tuple, top: int) -> torch.Tensor:
-    """The array as uint8 if it has that shape and holds whole numbers from 0 to `top`."""
-    with _reading(file):
-        if array.shape != shape:
-            raise ValueError(f"{name}the array in it has the shape {array.shape}, not {shape}")
-        if array.dtype.kind not in "iu":
-            raise ValueError(f"{name}the array in it holds {array.dtype}, not whole numbers")
-        if array.min() < 0 or array.max() > top:
-            raise ValueError(f"{name}the array in it holds {array.min()} to {array.max()}, not 0 to {top}")
-        return torch.from_numpy(array.astype(np.uint8, copy=False))
+def _check(what: str, array: np.ndarray, shape: tuple[int, ...], top: int) -> None:
+    """Refuse what is of another shape, or no whole numbers from 0 to `top`."""
+    if array.shape != shape:
+        raise ValueError(f"its {what} have the shape {array.shape}, not {shape}")
+    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > top:
+        raise ValueError(f"its {what} are {array.dtype}, {array.min()} to {array.max()}, not whole numbers 0 to {top}")

@@ -3,8 +3,9 @@
 Past the paper: two stronger searches, `auto_attack` for robust accuracy and `strong_lower_bound` for EmpLB.
 """
 
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,8 +15,9 @@ from faithkd import arguments
 from faithkd.bounds.domains import log_odds
 from faithkd.core import attacks
 from faithkd.core.attacks import Clip
+from faithkd.core.blocks import fastest
 from faithkd.core.losses import cross_entropy, kl
-from faithkd.frozen import Frozen, frozen, own_settings
+from faithkd.frozen import frozen, own_settings
 
 CHUNK = 500  # images attacked at once: large enough for fast matrix products, small enough for the cache
 
@@ -36,15 +38,58 @@ class Attack:
     witnesses: Tensor
 
 
+@dataclass(frozen=True)
+class Search:
+    """How long eq. (2) is followed, and from where: `restarts` runs of `steps` of size `step_factor`·ε/`steps`."""
+
+    steps: int = 50
+    restarts: int = 1
+    seed: int = 0
+    step_factor: float = 2.5
+
+    def __post_init__(self) -> None:
+        arguments.whole("steps", self.steps)
+        arguments.whole("restarts", self.restarts)
+        arguments.random_seed(self.seed)
+        arguments.number("step_factor", self.step_factor)
+
+
+def difference(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """‖f_t − f_s‖∞ with f = σ(g), of logits (N, C) → (N,)."""
+    return (torch.softmax(teacher_logits, 1) - torch.softmax(student_logits, 1)).abs().amax(1)
+
+
 def confidence_difference(teacher: nn.Module, student: nn.Module, x: Tensor) -> Tensor:
     """‖f_t(x) − f_s(x)‖∞ with f = σ(g), the objective of eq. (8). Images (N, *shape) → (N,) in [0, 1]."""
-    return _norm(teacher(x.clone()), student(x.clone()))  # a first layer may work in place
+    return difference(teacher(x.clone()), student(x.clone()))  # a first layer may work in place
 
 
 @own_settings()
 def predictions(network: nn.Module, x: Tensor) -> Tensor:
     """Predicted classes c(x) = arg max_c f^c(x), Def. 1, in float64. Images (N, *shape) → (N,)."""
-    return _classes(_given(x, network=network))[0]
+    balls = Balls(x, network=network)
+    return balls.classes(balls.x)[0]
+
+
+@own_settings()
+def agreement(
+    teacher: nn.Module, student: nn.Module, x: Tensor, eps: float, *, clip: Clip | None = None, **search
+) -> Attack:
+    """Whether teacher and student agree at x and PGD finds no x' in B_ε(x) with c_t(x') ≠ c_s(x'), eqs (13)–(14).
+
+    The mean of `holds` is the empirical distillation agreement: an upper estimate of Def. 3. The attack maximises
+    the student's cross-entropy against the teacher's hard prediction at the perturbed image x', which is what
+    Def. 1 asks for. Where both disagree already at x, the witness is x. `search`: see `Search`.
+    """
+    balls = Balls(x, eps, clip, teacher=teacher, student=student)
+
+    def objective(_, teachers: Tensor, students: Tensor) -> tuple[Tensor, Tensor]:
+        hard = teachers.argmax(1)
+        return cross_entropy(students, hard), (students.argmax(1) != hard).to(students.dtype)
+
+    witnesses = balls.search(objective, Search(**search))
+    teachers, students = balls.classes(witnesses)
+    return Attack(teachers == students, witnesses)
 
 
 @own_settings()
@@ -67,9 +112,96 @@ def empirical_lower_bound(
     `clip` = (low, high), numbers or tensors like `x`. Any modules will do that return logits (N, C); both are evaluated
     in evaluation mode, from copies. Raises FaithkdError for arguments that make no sense. Source: §4.1, §6.
     """
-    given = _given(x, eps, clip, teacher=teacher, student=student)
-    witnesses = _attack(given, lambda _, *logits: (_norm(*logits),) * 2, Search(steps, restarts, seed, step_factor))
-    return LowerBound(_differences(given, witnesses), witnesses)
+    balls = Balls(x, eps, clip, teacher=teacher, student=student)
+    return balls.lower_bound(lambda _, *logits: (difference(*logits),) * 2, Search(steps, restarts, seed, step_factor))
+
+
+@own_settings()
+def robust(network: nn.Module, x: Tensor, y: Tensor, eps: float, *, clip: Clip | None = None, **search) -> Attack:
+    """Whether PGD on L_CE(f(x'), y) finds no misclassified point of B_ε(x), eq. (2); its mean is robust accuracy, §6.
+
+    `holds` is an upper estimate of robustness: an attack that fails proves nothing. At ε = 0 it is clean accuracy.
+    `search`: `steps`, `restarts`, `seed` and `step_factor`, see `Search`.
+    """
+    balls = Balls(x, eps, clip, network=network)
+    labels = balls.labels(y)
+
+    def objective(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return cross_entropy(logits, labels[rows]), (logits.argmax(1) != labels[rows]).to(logits.dtype)
+
+    witnesses = balls.search(objective, Search(**search))
+    return Attack(balls.classes(witnesses)[0] == labels, witnesses)
+
+
+@own_settings()
+def hardest(network: nn.Module, x: Tensor, y: Tensor, eps: float, *, clip: Clip | None = None, **search) -> Tensor:
+    """The point of each B_ε(x) with the largest L_CE(f(x'), y) that PGD meets, eq. (2): (N, *shape).
+
+    Unlike the witnesses of `robust` it is as bad as can be also where the attack fails, or has succeeded already.
+    `search`: see `Search`.
+    """
+    balls = Balls(x, eps, clip, network=network)
+    labels = balls.labels(y)
+    return balls.search(lambda rows, logits: (cross_entropy(logits, labels[rows]),) * 2, Search(**search))
+
+
+class Balls:
+    """Balls B_ε(x) and networks on them, checked: searched with `rough` copies, judged by `exact` ones in float64."""
+
+    def __init__(self, x: Tensor, eps: float = 0.0, clip: Clip | None = None, **networks: nn.Module) -> None:
+        x, self.eps = arguments.images(x), arguments.radius(eps)
+        self.clip = arguments.clip_range(clip, x)
+        for name, network in networks.items():
+            arguments.network(network, name)
+        found = (x.dtype, *(weight.dtype for network in networks.values() for weight in network.parameters()))
+        self.rough = frozen(networks, torch.float64 if torch.float64 in found else torch.float32, x)
+        self.exact = frozen(networks, torch.float64, x)
+        self.x = x.to(self.rough.dtype)
+        some = x[:CHUNK] if len(x) else x.new_zeros(1, *x.shape[1:])
+        with torch.no_grad():
+            logits = zip(networks, self.exact(some.double()), strict=True)
+        counts = [arguments.class_count(each, some, name) for name, each in logits]
+        arguments.same_classes(counts[0], counts[-1])
+        self.count = counts[0]
+
+    def labels(self, y) -> Tensor:
+        """The labels of the images, checked."""
+        return arguments.labels(y, len(self.x), self.count).to(self.x.device)
+
+    @torch.no_grad()
+    def logits(self, points: Tensor) -> tuple[Tensor, ...]:
+        """The logits of each network at `points`, one per image, in float64: (N, C) each."""
+        parts = [self.exact(some.double()) for some in points.split(CHUNK)]
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    def classes(self, points: Tensor) -> tuple[Tensor, ...]:
+        """The classes that each network predicts at `points`: (N,) each."""
+        return tuple(logits.argmax(1) for logits in self.logits(points))
+
+    def search(self, objective: Callable, search: Search) -> Tensor:
+        """The best point that eq. (2) meets in each ball; one seed draws the same starts on every call.
+
+        `objective(rows, *logits)` is that of `attacks.search`, from all networks' logits at points of images `rows`.
+        """
+        steps = search.steps if self.eps else 0
+        options = {"steps": steps, "step_size": search.step_factor * self.eps / max(steps, 1)}
+        options |= {"restarts": search.restarts, "generator": torch.Generator().manual_seed(search.seed)}
+
+        def piece(rows: slice) -> Tensor:
+            networks, x, clip, back = fastest(self.rough.networks, self.x[rows], tuple(end[rows] for end in self.clip))
+            logits = replace(self.rough, networks=networks)
+            return back(attacks.search(lambda z: objective(rows, *logits(z)), x, self.eps, clip=clip, **options)[0])
+
+        found = [piece(slice(start, start + CHUNK)) for start in range(0, len(self.x), CHUNK)]
+        return torch.cat(found) if found else self.x.clone()
+
+    def lower_bound(self, objective: Callable, search: Search) -> LowerBound:
+        """The differences at what is found, in float64; 0, which is always true, where a network overflows."""
+        witnesses = self.search(objective, search)
+        return LowerBound(difference(*self.logits(witnesses)).nan_to_num(0.0).cpu(), witnesses)
+
+
+# --- past the paper
 
 
 @own_settings()
@@ -92,49 +224,34 @@ def strong_lower_bound(
     together. Never below `empirical_lower_bound` with the same arguments; as valid, some 30 times as expensive.
     `search`: see `Search`.
     """
-    plain = empirical_lower_bound(teacher, student, x, eps, restarts=restarts, clip=clip, **search)
-    given = _given(x, eps, clip, teacher=teacher, student=student)
-    losses, leading = _wider_losses(arguments.whole("classes", classes)), _leading(given)
-    values, witnesses = plain.values.clone(), plain.witnesses.clone()
-    for loss, times in [(_norm, restarts * len(losses)), *((loss, restarts) for loss in losses)]:
+    balls, search = Balls(x, eps, clip, teacher=teacher, student=student), Search(restarts=restarts, **search)
+    sure = torch.maximum(*(torch.softmax(logits, 1) for logits in balls.logits(balls.x)))
+    leading = sure.argsort(1, descending=True)[:, : arguments.whole("classes", classes)]
+    norm, *others = _wider_losses(leading.shape[1])
 
-        def objective(rows: slice, *logits: Tensor, loss: Loss = loss) -> tuple[Tensor, Tensor]:
-            return loss(*logits, leading[rows]), _norm(*logits)
+    def judged(loss: Callable) -> Callable:
+        return lambda rows, *logits: (loss(*logits, leading[rows]), difference(*logits))
 
-        found = _attack(given, objective, Search(restarts=times, **search))
-        value = _differences(given, found)
-        better = value > values
-        values[better], witnesses[better] = value[better], found[better.to(found.device)]
-    return LowerBound(values, witnesses)
-
-
-@own_settings()
-def robust(network: nn.Module, x: Tensor, y: Tensor, eps: float, *, clip: Clip | None = None, **search) -> Attack:
-    """Whether PGD on L_CE(f(x'), y) finds no misclassified point of B_ε(x), eq. (2); its mean is robust accuracy, §6.
-
-    `holds` is an upper estimate of robustness: an attack that fails proves nothing. At ε = 0 it is clean accuracy.
-    `search`: `steps`, `restarts`, `seed` and `step_factor`, see `Search`.
-    """
-    given = _given(x, eps, clip, network=network)
-    labels = given.labels(y)
-
-    def objective(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return cross_entropy(logits, labels[rows]), (logits.argmax(1) != labels[rows]).to(logits.dtype)
-
-    witnesses = _attack(given, objective, Search(**search))
-    return Attack(_classes(given, witnesses)[0] == labels, witnesses)
+    best = balls.lower_bound(judged(norm), search)
+    for loss, times in [(norm, restarts * len(others)), *((loss, restarts) for loss in others)]:
+        found = balls.lower_bound(judged(loss), replace(search, restarts=times))
+        better = found.values > best.values
+        best.values[better], best.witnesses[better] = found.values[better], found.witnesses[better]
+    return best
 
 
-@own_settings()
-def hardest(network: nn.Module, x: Tensor, y: Tensor, eps: float, *, clip: Clip | None = None, **search) -> Tensor:
-    """The point of each B_ε(x) with the largest L_CE(f(x'), y) that PGD meets, eq. (2): (N, *shape).
+def _wider_losses(classes: int) -> list[Callable]:
+    """What is climbed, the norm first: functions of teacher's and student's logits (N, C) and the leading classes."""
 
-    Unlike the witnesses of `robust` it is as bad as can be also where the attack fails, or has succeeded already.
-    `search`: see `Search`.
-    """
-    given = _given(x, eps, clip, network=network)
-    labels = given.labels(y)
-    return _attack(given, lambda rows, logits: (cross_entropy(logits, labels[rows]),) * 2, Search(**search))
+    def signed(measure: Callable, sign: int, place: int) -> Callable:
+        return lambda t, s, leading: sign * (measure(t, leading[:, place]) - measure(s, leading[:, place]))
+
+    losses = [lambda t, s, _: difference(t, s), lambda t, s, _: kl(s, t), lambda t, s, _: kl(t, s)]
+    return losses + [signed(*each) for each in itertools.product((_confidence, log_odds), (1, -1), range(classes))]
+
+
+def _confidence(logits: Tensor, label: Tensor) -> Tensor:
+    return torch.softmax(logits, 1).gather(1, label[:, None])[:, 0]
 
 
 @own_settings()
@@ -155,211 +272,47 @@ def auto_attack(
     where *our* network errs after a projection to *our* ball, rounded inwards. Source: Croce and Hein (2020).
     """
     arguments.choice("version", version, ("standard", "plus"))
-    given, seed = _given(x, eps, clip, network=network), arguments.random_seed(seed)
-    x, eps, labels = given.x, given.eps, given.labels(y)
-    lower, upper = attacks.ball(x, eps, given.clip)
+    balls, seed = Balls(x, eps, clip, network=network), arguments.random_seed(seed)
+    x, eps, labels = balls.x, balls.eps, balls.labels(y)
+    lower, upper = attacks.ball(x, eps, balls.clip)
     witnesses = torch.clamp(x, lower, upper)
-    holds = _classes(given, witnesses)[0] == labels
+    holds = balls.classes(witnesses)[0] == labels
+    rows = holds.nonzero()[:, 0]
     # It takes inputs in [0, 1] for granted and clips to them. Either that range is our clip, or it holds every ball
     # with room to spare, so that its clipping never binds.
-    low, high = (end[:1].to(x) for end in given.clip)
-    if not all((end == end[:1]).all() and end.isfinite().all() for end in given.clip):
+    low, high = (end[:1].to(x) for end in balls.clip)
+    if not all((end == end[:1]).all() and end.isfinite().all() for end in balls.clip):
         low, high = x.min() - 2 * eps, x.max() + 2 * eps
-    if not eps or not holds.any() or not (width := (high - low).max()) > 0:
+    if not eps or not len(rows) or not (width := (high - low).max()) > 0:
         return Attack(holds, witnesses)
-    scaled = _Scaled(given.rough, low, width, x.shape[1:])
-    rows = holds.nonzero()[:, 0]
-    found = _run_auto_attack(scaled, scaled.scale(x[rows]), labels[rows], eps / float(width), version, seed)
-    points = torch.clamp(scaled.unscale(found), lower[rows], upper[rows])
-    fooled = _classes(given, points)[0] != labels[rows]
+
+    def unscaled(u: Tensor) -> Tensor:
+        return low + width * u.to(x.dtype).reshape(-1, *x.shape[1:])
+
+    u = (x[rows] - low) / width
+    u = u if u.ndim == 4 else u.reshape(len(u), -1, 1, 1)  # it expects images (N, channels, height, width)
+    options = {"eps": eps / float(width), "version": version, "seed": seed}
+    found = _auto_attack(lambda u: balls.rough(unscaled(u))[0], u, labels[rows], balls.count, **options)
+    points = torch.clamp(unscaled(found), lower[rows], upper[rows])
+    fooled = balls.classes(points)[0] != labels[rows]
     holds[rows[fooled]], witnesses[rows[fooled]] = False, points[fooled]
     return Attack(holds, witnesses)
 
 
-@own_settings()
-def agreement(
-    teacher: nn.Module, student: nn.Module, x: Tensor, eps: float, *, clip: Clip | None = None, **search
-) -> Attack:
-    """Whether teacher and student agree at x and PGD finds no x' in B_ε(x) with c_t(x') ≠ c_s(x'), eqs (13)–(14).
-
-    The mean of `holds` is the empirical distillation agreement: an upper estimate of Def. 3. The attack maximises
-    the student's cross-entropy against the teacher's hard prediction at the perturbed image x', which is what
-    Def. 1 asks for. Where both disagree already at x, the witness is x. `search`: see `Search`.
-    """
-    given = _given(x, eps, clip, teacher=teacher, student=student)
-
-    def objective(_, teachers: Tensor, students: Tensor) -> tuple[Tensor, Tensor]:
-        hard = teachers.argmax(1)
-        return cross_entropy(students, hard), (students.argmax(1) != hard).to(students.dtype)
-
-    witnesses = _attack(given, objective, Search(**search))
-    teachers, students = _classes(given, witnesses)
-    return Attack(teachers == students, witnesses)
-
-
-class _Scaled(nn.Module):
-    """A network on u = (x − low)/width, with every image as (channels, height, width), as AutoAttack expects them."""
-
-    def __init__(self, logits: Frozen, low: Tensor, width: Tensor, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.logits, self.low, self.width, self.shape = logits, low, width, shape
-
-    def forward(self, u: Tensor) -> Tensor:
-        return self.logits(self.unscale(u))[0]
-
-    def scale(self, x: Tensor) -> Tensor:
-        u = (x - self.low) / self.width
-        return u if u.ndim == 4 else u.reshape(len(u), -1, 1, 1)
-
-    def unscale(self, u: Tensor) -> Tensor:
-        return self.low + self.width * u.to(self.low.dtype).reshape(-1, *self.shape)
-
-
-def _run_auto_attack(scaled: nn.Module, u: Tensor, y: Tensor, eps: float, version: str, seed: int) -> Tensor:
-    """AutoAttack's points for inputs `u` in [0, 1]; it leaves the random numbers and the debugger of others alone."""
+def _auto_attack(logits: Callable, u: Tensor, y: Tensor, classes: int, **options) -> Tensor:
+    """The points that AutoAttack finds from inputs `u` in [0, 1]."""
     from pyautoattack import AutoAttack  # an extra: bounds alone must not need it
 
-    suite = AutoAttack(scaled, eps=eps, norm="Linf", version=version, seed=seed, device=u.device)
-    with torch.no_grad():
-        others = scaled(u[:1]).shape[1] - 1
+    suite = AutoAttack(logits, norm="Linf", device=u.device, **options)
     # Its losses on targets and on ratios of logits need four and three classes.
-    needs = {"apgd-t": 3, "apgd-dlr": 2}
-    suite.attacks_to_run = [name for name in suite.attacks_to_run if others >= needs.get(name, 1)]
+    needs = {"apgd-t": 4, "apgd-dlr": 3}
+    suite.attacks_to_run = [name for name in suite.attacks_to_run if classes >= needs.get(name, 2)]
     for attack in (suite.apgd_targeted, suite.fab):
-        attack.n_target_classes = min(attack.n_target_classes, others)
+        attack.n_target_classes = min(attack.n_target_classes, classes - 1)
     suite.logger.setLevel("ERROR")  # its advice to those who defend by hiding gradients
-    trace = sys.gettrace()
+    trace = sys.gettrace()  # of a debugger, which it would switch off
     try:
         with torch.random.fork_rng(devices=[]):
             return suite.run_standard_evaluation(u, y, batch_size=CHUNK)[0].to(u.device)
     finally:
         sys.settrace(trace)
-
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits of teacher and student (N, C), leading classes (N, k) → (N,)
-
-
-def _norm(teacher_logits: Tensor, student_logits: Tensor, leading: Tensor | None = None) -> Tensor:
-    return (torch.softmax(teacher_logits, 1) - torch.softmax(student_logits, 1)).abs().amax(1)
-
-
-def _confidence(logits: Tensor, label: Tensor) -> Tensor:
-    return torch.softmax(logits, 1).gather(1, label[:, None])[:, 0]
-
-
-def _wider_losses(classes: int) -> list[Loss]:
-    """What `strong_lower_bound` climbs besides the norm itself."""
-
-    def signed(measure: Callable, sign: int, place: int) -> Loss:
-        def loss(teacher_logits: Tensor, student_logits: Tensor, leading: Tensor) -> Tensor:
-            label = leading[:, min(place, leading.shape[1] - 1)]
-            return sign * (measure(teacher_logits, label) - measure(student_logits, label))
-
-        return loss
-
-    choices = [(m, sign, place) for m in (_confidence, log_odds) for sign in (1, -1) for place in range(classes)]
-    return [signed(*choice) for choice in choices] + [lambda t, s, _: kl(s, t), lambda t, s, _: kl(t, s)]
-
-
-def _leading(given: "_Given") -> Tensor:
-    """The classes of each image, those first that either network is most sure of: (N, C)."""
-    with torch.no_grad():
-        sure = [torch.maximum(*(torch.softmax(each, 1) for each in logits(x))) for _, x, _, logits, _ in _chunks(given)]
-    return torch.cat(sure).argsort(1, descending=True) if sure else given.x.new_zeros(0, given.classes).long()
-
-
-@dataclass(frozen=True)
-class Search:
-    """How long eq. (2) is followed, and from where: `restarts` runs of `steps` of size `step_factor`·ε/`steps`."""
-
-    steps: int = 50
-    restarts: int = 1
-    seed: int = 0
-    step_factor: float = 2.5
-
-    def __post_init__(self) -> None:
-        arguments.whole("steps", self.steps)
-        arguments.whole("restarts", self.restarts)
-        arguments.random_seed(self.seed)
-        arguments.number("step_factor", self.step_factor)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What a caller gave, checked: `rough` networks for the search, `exact` ones in float64 for what is reported."""
-
-    rough: Frozen
-    exact: Frozen
-    x: Tensor
-    eps: float
-    clip: tuple[Tensor, Tensor]
-    classes: int
-
-    def labels(self, y) -> Tensor:
-        return arguments.labels(y, len(self.x), self.classes).to(self.x.device)
-
-
-def _given(x, eps=0.0, clip=None, **networks: nn.Module) -> _Given:
-    """Check all of it, and copy the networks; searches are in float32 if nothing given is in float64."""
-    x, eps = arguments.images(x), arguments.radius(eps)
-    clip = arguments.clip_range(clip, x)
-    for name, network in networks.items():
-        arguments.network(network, name)
-    weights = [weight.dtype for network in networks.values() for weight in network.parameters()]
-    single = torch.float64 not in (x.dtype, *weights)
-    rough = frozen(networks, torch.float32 if single else torch.float64, x)
-    exact = frozen(networks, torch.float64, x)
-    some = x[:CHUNK] if len(x) else x.new_zeros(1, *x.shape[1:])
-    with torch.no_grad():
-        logits = exact(some.double())
-    counts = [arguments.class_count(found, some, name) for name, found in zip(networks, logits, strict=True)]
-    arguments.same_classes(counts[0], counts[-1])
-    return _Given(rough, exact, x.to(rough.dtype), eps, clip, counts[0])
-
-
-def _logits(given: _Given, points: Tensor) -> tuple[Tensor, ...]:
-    """The logits of each network at `points` (one per image), in float64: (N, C) each."""
-    with torch.no_grad():
-        parts = [given.exact(some.double()) for some in points.split(CHUNK)]
-    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
-
-
-def _classes(given: _Given, points: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The classes that each network predicts, (N,) each: at `points`, or at the images."""
-    return tuple(logits.argmax(1) for logits in _logits(given, given.x if points is None else points))
-
-
-def _differences(given: _Given, points: Tensor) -> Tensor:
-    """‖f_t − f_s‖∞ at `points`, on the CPU; 0, which is always true, where a network overflows: (N,)."""
-    return _norm(*_logits(given, points)).nan_to_num(0.0).cpu()
-
-
-def _chunks(given: _Given) -> Iterator[tuple]:
-    """Pieces of the images: which, and in the layout of `attacks.fastest` themselves, their clip, the networks' logits
-    as a function, and the way back."""
-    for start in range(0, len(given.x), CHUNK):
-        rows = slice(start, start + CHUNK)
-        clip = tuple(end[rows] for end in given.clip)
-        networks, x, clip, back = attacks.fastest(tuple(given.rough.networks.values()), given.x[rows], clip)
-        yield rows, x, clip, replace(given.rough, networks=dict(zip(given.rough.networks, networks, strict=True))), back
-
-
-def _attack(given: _Given, objective: Callable, search: Search) -> Tensor:
-    """Witnesses of the best of `restarts` runs, in chunks; one seed draws the same starts on every call.
-
-    `objective(rows, *logits)` is that of `attacks.search`, from all networks' logits at points of the images `rows`.
-    """
-    steps, found = search.steps if given.eps else 0, []
-    settings = {
-        "steps": steps,
-        "step_size": search.step_factor * given.eps / max(steps, 1),
-        "restarts": search.restarts,
-        "generator": torch.Generator().manual_seed(search.seed),
-    }
-    for rows, x, clip, logits, back in _chunks(given):
-
-        def climbed(z: Tensor, rows: slice = rows, logits: Frozen = logits) -> tuple[Tensor, Tensor]:
-            return objective(rows, *logits(z))
-
-        found.append(back(attacks.search(climbed, x, given.eps, clip=clip, **settings)[0]))
-    return torch.cat(found) if found else given.x.clone()

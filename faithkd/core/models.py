@@ -5,8 +5,7 @@ from functools import partial
 from math import prod
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
 
 def fully_connected(inputs: int, hidden: Sequence[int], classes: int = 10) -> nn.Sequential:
@@ -75,55 +74,6 @@ def initialise(network: nn.Module, initialisation: str = "pytorch", *, seed: int
                 draw(layer.weight)
                 nn.init.zeros_(layer.bias)
     return network
-
-
-class _OnBlocks(nn.Module):
-    """A convolution with kernel 3 and stride 2, on images that are cut into blocks of 2 × 2 pixels.
-
-    Its kernel, filled up with zeros to 4 × 4 and cut in the same way, has stride 1: the same sums without the gaps,
-    on which a CPU spends half of a backward pass to the image.
-    """
-
-    def __init__(self, convolution: nn.Conv2d):
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, blocks: Tensor) -> Tensor:
-        weight = functional.pixel_unshuffle(functional.pad(self.convolution.weight, (0, 1, 0, 1)), 2)
-        return functional.conv2d(blocks, weight, self.convolution.bias)
-
-
-def _untouched(module: nn.Module, kind: type) -> bool:
-    """Whether a module is of this very class, and neither hooks nor a method of its own change what it does."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks) and "forward" not in vars(module)
-
-
-def on_blocks(network: nn.Module, shape: Sequence[int]) -> nn.Sequential | None:
-    """The same network, weights shared, for images as `to_blocks` gives them; None if it does not begin as Table 4.
-
-    `shape`: that of an image, (C, height, width); also None where its sides are not even, or where anything suggests
-    that the network's first steps are not just those of its first layer.
-    """
-    if not _untouched(network, nn.Sequential) or not len(network) or not _untouched(network[0], nn.Conv2d):
-        return None
-    if len(shape) != 3 or shape[-1] % 2 or shape[-2] % 2:
-        return None
-    first = network[0]
-    form = (first.kernel_size, first.stride, first.padding, first.dilation, first.groups)
-    if form != ((3, 3), (2, 2), (0, 0), (1, 1), 1):
-        return None
-    return nn.Sequential(_OnBlocks(first), *network[1:])
-
-
-def to_blocks(x: Tensor) -> Tensor:
-    """Images (N, C, 2h, 2w) as (N, 4C, h, w), each 2 × 2 pixels stacked, in the memory layout that suits pooling."""
-    return functional.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
-
-
-def from_blocks(blocks: Tensor) -> Tensor:
-    """The images of `to_blocks`."""
-    return functional.pixel_shuffle(blocks, 2).contiguous()
 
 
 def parameter_count(network: nn.Module) -> int:

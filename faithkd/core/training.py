@@ -1,23 +1,23 @@
 """Adversarial training (eqs 2–3) and distillation (eqs 1, 4, 5, 12): one loop, SGD, cosine, early stopping, resume."""
 
-import json
+import io
 import math
+import pickle
 import sys
 import warnings
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from faithkd import paths
-from faithkd.core.attacks import Clip, ascend, fastest
+from faithkd.core.attacks import Clip, ascend
+from faithkd.core.blocks import fastest
 from faithkd.core.data import Split
-from faithkd.core.losses import Method, attack_difference, attack_labels, attack_soft_labels, cross_entropy
+from faithkd.core.losses import METHODS, Method, attack_labels, cross_entropy
 from faithkd.core.models import initialise
 
 REDRAWS = 3  # so often at most other initial weights are drawn for a network that has died during the ramp
@@ -30,24 +30,7 @@ def adversarial(labels_only: nn.Module, _teacher, x, x_adv, y, alpha, temperatur
 
 
 ADVERSARIAL = Method(adversarial, attack_labels, "adversarial training")
-
-
-def cosine(settings, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch (from 0) on one run of cosine annealing from `learning_rate` to its minimum, §A."""
-    low, high = float(settings.learning_rate_min), float(settings.learning_rate)
-    return low + (high - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-
-@dataclass
-class State:
-    """Where a training stands after an epoch: everything a resumed run needs to go on bit for bit."""
-
-    epoch: int = 0
-    best_score: float = -1.0
-    best_epoch: int = 0
-    best: dict[str, torch.Tensor] = field(default_factory=dict)
-    history: list[dict] = field(default_factory=list)
-    redraws: int = 0
+OURS = {attack_labels, *(method.attack for method in METHODS.values())}  # they do nothing to images: `blocks` will do
 
 
 def fit(
@@ -64,7 +47,7 @@ def fit(
     clip: Clip | None = None,
     checkpoint: Path | None = None,
     description: str | None = "training",
-) -> tuple[dict[str, torch.Tensor], list[dict]]:
+) -> tuple[dict[str, Tensor], list[dict]]:
     """Train `network` in place; return its best weights and one row of history per epoch, eqs (1)–(5), (12).
 
     `teacher=None` trains adversarially on labels, eq. (3); otherwise `method` (one of `losses.METHODS`, or your own)
@@ -74,166 +57,165 @@ def fit(
     where it was, and ends with the same weights as an undisturbed one. A network that is dead when the ramp of ε is
     over starts again from other initial weights, and `redraws` in its history says how often. No `description`, no bar.
     """
-    method = method or ADVERSARIAL
-    network, train, held_out = network.to(device), _to(train, device), _to(held_out, device)
+    train, held_out = (Split(part.x.to(device), part.y.to(device), part.index) for part in (train, held_out))
     if teacher is not None:
         teacher = deepcopy(teacher).to(device).eval().requires_grad_(False)
     clip = clip and (clip[0].to(device), clip[1].to(device))
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=settings.learning_rate, momentum=schedule.momentum, weight_decay=settings.weight_decay
-    )
-    generator = torch.Generator().manual_seed(seed)
-    state = _resume(checkpoint, network, optimizer, generator) or State()
-
-    quiet = description is None
-    bar = tqdm(total=schedule.epochs, initial=state.epoch, desc=description, unit="epoch", leave=False, disable=quiet)
-    while state.epoch < schedule.epochs and not _out_of_patience(state, schedule):
-        rate = cosine(settings, state.epoch, schedule.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = _epoch(network, teacher, train, method, settings, schedule, state.epoch, optimizer, clip, generator)
-        _record(state, network, held_out, schedule, clip, loss, rate, seed)
-        if state.epoch == schedule.ramp_epochs and state.redraws < REDRAWS and _dead(network, train):
-            state = State(redraws=state.redraws + 1)
-            fresh = deepcopy(network).cpu()
-            initialise(fresh, schedule.initialisation, seed=seed + 1000 * state.redraws)  # no seed of `repeats`
-            network.load_state_dict(fresh.state_dict())
-            optimizer.state.clear()
-            bar.write(
-                f"{description or 'training'}: one class for all images, so once more from other weights",
-                file=sys.stderr,
-            )
-            bar.reset()
-            continue
-        if checkpoint is not None:
-            _save(checkpoint, state, network, optimizer, generator)
-        bar.update()
-        bar.set_postfix(accuracy=f"{state.history[-1]['accuracy']:.3f}", loss=f"{loss:.3f}")
-    bar.close()
-    return state.best, state.history
+    run = Run(network.to(device), teacher, method or ADVERSARIAL, settings, schedule, clip, seed)
+    if checkpoint is not None and checkpoint.exists():
+        run.resume(checkpoint)
+    bar = {"total": schedule.epochs, "initial": run.state.epoch, "unit": "epoch", "leave": False}
+    with tqdm(desc=description, disable=description is None, **bar) as bar:
+        while not run.over():
+            loss = run.learn(train)
+            run.record(held_out, loss)
+            if run.state.epoch == schedule.ramp_epochs and run.state.redraws < REDRAWS and run.dead(train):
+                run.start_again()
+                told = f"{description or 'training'}: one class for all images, so once more from other weights"
+                bar.write(told, file=sys.stderr)
+                bar.reset()
+                continue
+            if checkpoint is not None:
+                run.save(checkpoint)
+            bar.update()
+            bar.set_postfix(accuracy=f"{run.state.history[-1]['accuracy']:.3f}", loss=f"{loss:.3f}")
+    return run.state.best, run.state.history
 
 
-def _dead(network, train: Split) -> bool:
-    """Whether it says the same class to a thousand training images: its ReLUs are off, and with them all gradients."""
-    with torch.no_grad():
-        return len(network(train.x[:1000]).argmax(1).unique()) == 1
+@dataclass
+class State:
+    """Where a training stands after an epoch: beside its tensors, what a resumed run needs to go on bit for bit."""
+
+    epoch: int = 0
+    best_score: float = -1.0
+    best_epoch: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+    redraws: int = 0
 
 
-def _epoch(network, teacher, train, method, settings, schedule, epoch, optimizer, clip, generator) -> float:
-    """One pass over the training images; returns the mean loss."""
-    network.train()
-    order = torch.randperm(len(train), generator=generator).to(train.y.device)
-    batches = order.split(schedule.batch_size)
-    total = torch.zeros((), device=train.y.device)
-    for number, rows in enumerate(batches):
-        x, y = train.x[rows], train.y[rows]
-        # From a random start the full ε keeps the network at chance for ever: ε and the step grow from 0.
-        ramp = min(1.0, (epoch + number / len(batches)) / schedule.ramp_epochs) if schedule.ramp_epochs else 1.0
-        x_adv = _maximise(network, teacher, x, y, method.attack, schedule.attack, ramp, clip, generator)
-        loss = method.loss(
-            network, teacher, x, x_adv, y, getattr(settings, "alpha", None), getattr(settings, "temperature", None)
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        total += loss.detach() * len(y)
-    return float(total) / len(train)
+@dataclass
+class Run:
+    """A training under way: `network` learns from `teacher` or labels by `method`, as `settings` and `schedule` say."""
 
+    network: nn.Module
+    teacher: nn.Module | None
+    method: Method
+    settings: object
+    schedule: object
+    clip: Clip | None
+    seed: int
 
-def _maximise(network, teacher, x, y, objective, attack, ramp: float, clip, generator) -> torch.Tensor:
-    """Where PGD finds `objective(network, teacher, x, y)` highest on the training ball, eq. (2); x for None."""
-    if objective is None:
-        return x
-    pair, start, back = (network, teacher), x, None
-    if _blind(objective):
-        pair, start, clip, back = fastest(pair, x, clip)
-    # Only the gradient in x is wanted; freezing the weights spares every backward step the one in W.
-    trainable = [weight for weight in network.parameters() if weight.requires_grad]
-    network.requires_grad_(False)
-    end = ascend(
-        objective(*pair, start, y),
-        start,
-        float(attack.eps) * ramp,
-        steps=attack.steps,
-        step_size=float(attack.step_size) * ramp,
-        generator=generator,
-        clip=clip,
-    )
-    for weight in trainable:
-        weight.requires_grad_(True)
-    return back(end) if back else end
+    def __post_init__(self):
+        self.state = State()
+        self.generator = torch.Generator().manual_seed(self.seed)
+        options = {"momentum": self.schedule.momentum, "weight_decay": float(self.settings.weight_decay)}
+        self.optimizer = torch.optim.SGD(self.network.parameters(), **options)
 
+    def over(self) -> bool:
+        """Whether all epochs are done, or the best one was `patience` epochs ago."""
+        impatient = self.schedule.early_stopping != "none" and self.state.best
+        waited = self.state.epoch - self.state.best_epoch
+        return self.state.epoch >= self.schedule.epochs or bool(impatient and waited >= self.schedule.patience)
 
-def _blind(objective) -> bool:
-    """Whether an attack only hands images to the networks, so that their layout is nobody else's business."""
-    return getattr(objective, "func", objective) in (attack_labels, attack_soft_labels, attack_difference)
+    def learn(self, train: Split) -> float:
+        """One epoch: SGD on the method's loss at x and x_adv of every batch; returns the mean loss."""
+        self.network.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        options = [getattr(self.settings, name, None) for name in ("alpha", "temperature")]
+        order = torch.randperm(len(train), generator=self.generator).to(train.y.device)
+        batches = order.split(self.schedule.batch_size)
+        total = torch.zeros((), device=train.y.device)
+        for number, rows in enumerate(batches):
+            x, y = train.x[rows], train.y[rows]
+            # From a random start the full ε keeps the network at chance for ever: ε and the step grow from 0.
+            done, ramp = self.state.epoch + number / len(batches), self.schedule.ramp_epochs
+            share = min(1.0, done / ramp) if ramp else 1.0
+            x_adv = self.perturbed(x, y, self.method.attack, self.generator, share)
+            loss = self.method.loss(self.network, self.teacher, x, x_adv, y, *options)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach() * len(y)
+        return float(total) / len(train)
 
+    def rate(self) -> float:
+        """The learning rate of this epoch, on one run of cosine annealing, §A."""
+        low, high = float(self.settings.learning_rate_min), float(self.settings.learning_rate)
+        return low + (high - low) * (1 + math.cos(math.pi * self.state.epoch / self.schedule.epochs)) / 2
 
-def _record(state: State, network, held_out: Split, schedule, clip, loss: float, rate: float, seed: int) -> None:
-    """Append this epoch's row and keep the weights when they are the best so far."""
-    network.eval()
-    with torch.no_grad():
-        accuracy = float((network(held_out.x).argmax(1) == held_out.y).double().mean())
-    row = {"epoch": state.epoch + 1, "learning_rate": rate, "loss": loss, "accuracy": accuracy}
-    row |= {"redraws": state.redraws} if state.redraws else {}
-    row["robust_accuracy"] = _robust_accuracy(network, held_out[slice(0, MONITORED)], schedule.attack, clip, seed)
-    state.epoch += 1
-    state.history.append(row)
-    # Scores during the ramp are those of an easier problem: they do not count. Without early stopping the last wins.
-    ramping = state.epoch <= schedule.ramp_epochs and state.epoch < schedule.epochs
-    if not ramping and (accuracy > state.best_score or schedule.early_stopping == "none"):
-        state.best_score, state.best_epoch = accuracy, state.epoch
-        state.best = {name: weight.detach().cpu().clone() for name, weight in network.state_dict().items()}
+    def perturbed(self, x: Tensor, y: Tensor, attack, generator: torch.Generator, share: float = 1.0) -> Tensor:
+        """x_adv, where PGD on `share` of the ball finds `attack(network, teacher, x, y)` highest, eq. (2); x without."""
+        if attack is None:
+            return x
+        pair, clip, back = (self.network, self.teacher), self.clip, None
+        if getattr(attack, "func", attack) in OURS:
+            pair, x, clip, back = fastest(pair, x, clip)
+        # Only the gradient in x is wanted; freezing the weights spares every backward step the one in W.
+        trainable = [weight for weight in self.network.parameters() if weight.requires_grad]
+        self.network.requires_grad_(False)
+        eps, step_size = (float(size) * share for size in (self.schedule.attack.eps, self.schedule.attack.step_size))
+        options = {"steps": self.schedule.attack.steps, "step_size": step_size, "clip": clip}
+        end = ascend(attack(*pair, x, y), x, eps, generator=generator, **options)
+        for weight in trainable:
+            weight.requires_grad_(True)
+        return back(end) if back else end
 
+    def record(self, held_out: Split, loss: float) -> None:
+        """Append this epoch's row to the history and keep the weights when they are the best so far."""
+        self.network.eval()
+        few, generator = held_out[slice(0, MONITORED)], torch.Generator().manual_seed(self.seed)
+        accuracy = self.accuracy(held_out.x, held_out.y)
+        row = {"epoch": self.state.epoch + 1, "learning_rate": self.rate(), "loss": loss, "accuracy": accuracy}
+        row |= {"redraws": self.state.redraws} if self.state.redraws else {}
+        row["robust_accuracy"] = self.accuracy(self.perturbed(few.x, few.y, attack_labels, generator), few.y)
+        self.state.epoch += 1
+        self.state.history.append(row)
+        # Scores during the ramp, an easier problem, do not count. Without early stopping the last epoch wins.
+        ramping = self.state.epoch <= self.schedule.ramp_epochs and self.state.epoch < self.schedule.epochs
+        if not ramping and (accuracy > self.state.best_score or self.schedule.early_stopping == "none"):
+            self.state.best_score, self.state.best_epoch = accuracy, self.state.epoch
+            self.state.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
 
-def _robust_accuracy(network, held_out: Split, attack, clip, seed: int) -> float:
-    generator = torch.Generator().manual_seed(seed)
-    z = _maximise(network, None, held_out.x, held_out.y, attack_labels, attack, 1.0, clip, generator)
-    with torch.no_grad():
-        return float((network(z).argmax(1) == held_out.y).double().mean())
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        """The share of images that the network classifies as labelled."""
+        return float((self.network(x).argmax(1) == y).double().mean())
 
+    @torch.no_grad()
+    def dead(self, train: Split) -> bool:
+        """Whether it calls a thousand training images the same: its ReLUs are off, and with them all gradients."""
+        return len(self.network(train.x[:1000]).argmax(1).unique()) == 1
 
-def _out_of_patience(state: State, schedule) -> bool:
-    if schedule.early_stopping == "none" or not state.best:
-        return False
-    return state.epoch - state.best_epoch >= schedule.patience
+    def start_again(self) -> None:
+        """From the first epoch, with other initial weights."""
+        self.state = State(redraws=self.state.redraws + 1)
+        fresh = deepcopy(self.network).cpu()
+        initialise(
+            fresh, self.schedule.initialisation, seed=self.seed + 1000 * self.state.redraws
+        )  # no seed of `repeats`
+        self.network.load_state_dict(fresh.state_dict())
+        self.optimizer.state.clear()
 
+    def save(self, checkpoint: Path) -> None:
+        """Write all that changes from epoch to epoch."""
+        content = {"state": vars(self.state), "generator": self.generator.get_state()}
+        content |= {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        file = io.BytesIO()
+        torch.save(content, file)
+        paths.write(checkpoint, file.getvalue())
 
-def _to(split: Split, device: str) -> Split:
-    return Split(split.x.to(device), split.y.to(device), split.index)
-
-
-def _save(path: Path, state: State, network, optimizer, generator) -> None:
-    tensors = {f"network.{name}": weight for name, weight in network.state_dict().items()}
-    tensors |= {f"best.{name}": weight for name, weight in state.best.items()}
-    for number, parameter in enumerate(network.parameters()):
-        tensors[f"momentum.{number}"] = optimizer.state[parameter]["momentum_buffer"]
-    tensors["generator"] = generator.get_state()
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    meta = {name: getattr(state, name) for name in ("epoch", "best_score", "best_epoch", "history", "redraws")}
-    paths.write(path, safetensors.torch.save(tensors, {"state": json.dumps(meta)}))
-
-
-def _resume(path: Path | None, network, optimizer, generator) -> State | None:
-    """Bring network, optimiser and generator to where the checkpoint was written; None where there is no sound one."""
-    if path is None or not path.exists():
-        return None
-
-    def part(prefix: str) -> dict[str, torch.Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = State(**json.loads(file.metadata()["state"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-        momenta = [tensors[f"momentum.{number}"] for number, _ in enumerate(network.parameters())]
-        generator.set_state(tensors["generator"])
-        network.load_state_dict(part("network."))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        warnings.warn(f"{path} is damaged ({error}); the training starts anew", stacklevel=2)
-        path.unlink()
-        return None
-    for parameter, momentum in zip(network.parameters(), momenta, strict=True):
-        optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
-    state.best = part("best.")
-    return state
+    def resume(self, checkpoint: Path) -> None:
+        """Go to where the checkpoint was written; nowhere if it is damaged."""
+        try:
+            content = torch.load(checkpoint, weights_only=True)
+            state, generator, optimizer = State(**content["state"]), content["generator"], content["optimizer"]
+            self.network.load_state_dict(content["network"])
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            warnings.warn(f"{checkpoint} is damaged ({error}); the training starts anew", stacklevel=3)
+            checkpoint.unlink()
+            return
+        self.optimizer.load_state_dict(optimizer)
+        self.generator.set_state(generator)
+        self.state = state
