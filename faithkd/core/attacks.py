@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from faithkd import arguments
-from faithkd.frozen import own_settings
+from faithkd.blocks import fastest
+from faithkd.core.losses import difference
+from faithkd.frozen import frozen, own_settings
 
+CHUNK = 500  # images attacked at once: large enough for fast matrix products, small enough for the cache
 Clip = tuple[Tensor | float, Tensor | float]
 
 
@@ -122,6 +126,98 @@ def search(
 
 
 def _check(x, steps: int, step_size: float) -> Tensor:
+    """The images, if all is as it should be."""
     arguments.whole("steps", steps, 0)
     arguments.number("step_size", step_size)
     return arguments.images(x)
+
+
+# --- the same for a caller's networks
+
+
+@dataclass(frozen=True)
+class LowerBound:
+    """EmpLB per image: `values` (N,) float64 and the images that attain them, `witnesses` (N, *shape)."""
+
+    values: Tensor
+    witnesses: Tensor
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What an attack found per image: `holds` (N,) bool is False where it succeeded, at `witnesses` (N, *shape)."""
+
+    holds: Tensor
+    witnesses: Tensor
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long eq. (2) is followed, and from where: `restarts` runs of `steps` of size `step_factor`·ε/`steps`."""
+
+    steps: int = 50
+    restarts: int = 1
+    seed: int = 0
+    step_factor: float = 2.5
+
+    def __post_init__(self) -> None:
+        arguments.whole("steps", self.steps)
+        arguments.whole("restarts", self.restarts)
+        arguments.random_seed(self.seed)
+        arguments.number("step_factor", self.step_factor)
+
+
+class Balls:
+    """Balls B_ε(x) and networks on them, checked: searched with `rough` copies, judged by `exact` ones in float64."""
+
+    def __init__(self, x: Tensor, eps: float = 0.0, clip: Clip | None = None, **networks: nn.Module) -> None:
+        x, self.eps = arguments.images(x), arguments.radius(eps)
+        self.clip = arguments.clip_range(clip, x)
+        for name, network in networks.items():
+            arguments.network(network, name)
+        found = (x.dtype, *(weight.dtype for network in networks.values() for weight in network.parameters()))
+        self.rough = frozen(networks, torch.float64 if torch.float64 in found else torch.float32, x)
+        self.exact = frozen(networks, torch.float64, x)
+        self.x = x.to(self.rough.dtype)
+        some = x[:CHUNK] if len(x) else x.new_zeros(1, *x.shape[1:])
+        with torch.no_grad():
+            logits = zip(networks, self.exact(some.double()), strict=True)
+        counts = [arguments.class_count(each, some, name) for name, each in logits]
+        arguments.same_classes(counts[0], counts[-1])
+        self.count = counts[0]
+
+    def labels(self, y) -> Tensor:
+        """The labels of the images, checked."""
+        return arguments.labels(y, len(self.x), self.count).to(self.x.device)
+
+    @torch.no_grad()
+    def logits(self, points: Tensor) -> tuple[Tensor, ...]:
+        """The logits of each network at `points`, one per image, in float64: (N, C) each."""
+        parts = [self.exact(some.double()) for some in points.split(CHUNK)]
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+    def classes(self, points: Tensor) -> tuple[Tensor, ...]:
+        """The classes that each network predicts at `points`: (N,) each."""
+        return tuple(logits.argmax(1) for logits in self.logits(points))
+
+    def attack(self, objective: Callable, effort: Search) -> Tensor:
+        """The best point that `search` meets in each ball, (N, *shape); one seed draws the same starts on every call.
+
+        `objective(rows, *logits)` gives its (loss, score) from all networks' logits at points of the images `rows`.
+        """
+        steps = effort.steps if self.eps else 0
+        options = {"steps": steps, "step_size": effort.step_factor * self.eps / max(steps, 1)}
+        options |= {"restarts": effort.restarts, "generator": torch.Generator().manual_seed(effort.seed)}
+
+        def piece(rows: slice) -> Tensor:
+            networks, x, clip, back = fastest(self.rough.networks, self.x[rows], tuple(end[rows] for end in self.clip))
+            logits = replace(self.rough, networks=networks)
+            return back(search(lambda z: objective(rows, *logits(z)), x, self.eps, clip=clip, **options)[0])
+
+        found = [piece(slice(start, start + CHUNK)) for start in range(0, len(self.x), CHUNK)]
+        return torch.cat(found) if found else self.x.clone()
+
+    def lower_bound(self, objective: Callable, effort: Search) -> LowerBound:
+        """The differences at what `attack` finds, in float64; 0, which is always true, where a network overflows."""
+        witnesses = self.attack(objective, effort)
+        return LowerBound(difference(*self.logits(witnesses)).nan_to_num(0.0).cpu(), witnesses)

@@ -40,6 +40,11 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(logits, y, reduction="none")
 
 
+def difference(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Largest difference in confidence per image, ‖f_t − f_s‖∞ with f = σ(g), in eqs (7)–(8). Logits (N, C) → (N,)."""
+    return (torch.softmax(teacher_logits, 1) - torch.softmax(student_logits, 1)).abs().amax(1)
+
+
 def sd(student, teacher, x, x_adv, y, alpha, temperature, divergence: Divergence = kl) -> Tensor:
     """Standard distillation, α T² L_KL(f_s(x;T), f_t(x;T)) + (1−α) L_CE(f_s(x;1), y), eq. (1). Mean over the batch."""
     logits = student(x)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from faithkd import paths
+from faithkd.blocks import fastest
 from faithkd.core.attacks import Clip, ascend
-from faithkd.core.blocks import fastest
 from faithkd.core.data import Split
 from faithkd.core.losses import METHODS, Method, attack_labels, cross_entropy
 from faithkd.core.models import initialise
@@ -69,8 +69,7 @@ def fit(
         while not run.over():
             loss = run.learn(train)
             run.record(held_out, loss)
-            if run.state.epoch == schedule.ramp_epochs and run.state.redraws < REDRAWS and run.dead(train):
-                run.start_again()
+            if run.started_again(train):
                 told = f"{description or 'training'}: one class for all images, so once more from other weights"
                 bar.write(told, file=sys.stderr)
                 bar.reset()
@@ -114,9 +113,9 @@ class Run:
 
     def over(self) -> bool:
         """Whether all epochs are done, or the best one was `patience` epochs ago."""
-        impatient = self.schedule.early_stopping != "none" and self.state.best
-        waited = self.state.epoch - self.state.best_epoch
-        return self.state.epoch >= self.schedule.epochs or bool(impatient and waited >= self.schedule.patience)
+        impatient = self.schedule.early_stopping != "none" and len(self.state.best) > 0
+        given_up = impatient and self.state.epoch - self.state.best_epoch >= self.schedule.patience
+        return given_up or self.state.epoch >= self.schedule.epochs
 
     def learn(self, train: Split) -> float:
         """One epoch: SGD on the method's loss at x and x_adv of every batch; returns the mean loss."""
@@ -146,26 +145,26 @@ class Run:
         return low + (high - low) * (1 + math.cos(math.pi * self.state.epoch / self.schedule.epochs)) / 2
 
     def perturbed(self, x: Tensor, y: Tensor, attack, generator: torch.Generator, share: float = 1.0) -> Tensor:
-        """x_adv, where PGD on `share` of the ball finds `attack(network, teacher, x, y)` highest, eq. (2); x without."""
+        """x_adv, where PGD on `share` of the ball finds `attack(network, teacher, x, y)` highest, eq. (2), if any."""
         if attack is None:
             return x
-        pair, clip, back = (self.network, self.teacher), self.clip, None
+        pair, clip, back = (self.network, self.teacher), self.clip, lambda points: points
         if getattr(attack, "func", attack) in OURS:
             pair, x, clip, back = fastest(pair, x, clip)
         # Only the gradient in x is wanted; freezing the weights spares every backward step the one in W.
         trainable = [weight for weight in self.network.parameters() if weight.requires_grad]
         self.network.requires_grad_(False)
-        eps, step_size = (float(size) * share for size in (self.schedule.attack.eps, self.schedule.attack.step_size))
-        options = {"steps": self.schedule.attack.steps, "step_size": step_size, "clip": clip}
-        end = ascend(attack(*pair, x, y), x, eps, generator=generator, **options)
+        sizes = self.schedule.attack
+        options = {"steps": sizes.steps, "step_size": float(sizes.step_size) * share, "clip": clip}
+        end = ascend(attack(*pair, x, y), x, float(sizes.eps) * share, generator=generator, **options)
         for weight in trainable:
             weight.requires_grad_(True)
-        return back(end) if back else end
+        return back(end)
 
     def record(self, held_out: Split, loss: float) -> None:
         """Append this epoch's row to the history and keep the weights when they are the best so far."""
         self.network.eval()
-        few, generator = held_out[slice(0, MONITORED)], torch.Generator().manual_seed(self.seed)
+        few, generator = held_out[:MONITORED], torch.Generator().manual_seed(self.seed)
         accuracy = self.accuracy(held_out.x, held_out.y)
         row = {"epoch": self.state.epoch + 1, "learning_rate": self.rate(), "loss": loss, "accuracy": accuracy}
         row |= {"redraws": self.state.redraws} if self.state.redraws else {}
@@ -184,19 +183,16 @@ class Run:
         return float((self.network(x).argmax(1) == y).double().mean())
 
     @torch.no_grad()
-    def dead(self, train: Split) -> bool:
-        """Whether it calls a thousand training images the same: its ReLUs are off, and with them all gradients."""
-        return len(self.network(train.x[:1000]).argmax(1).unique()) == 1
-
-    def start_again(self) -> None:
-        """From the first epoch, with other initial weights."""
+    def started_again(self, train: Split) -> bool:
+        """Whether it is dead after the ramp, its ReLUs off and with them all gradients: if so, from other weights."""
+        asked = self.state.epoch == self.schedule.ramp_epochs and self.state.redraws < REDRAWS
+        if not asked or len(self.network(train.x[:1000]).argmax(1).unique()) > 1:
+            return False
         self.state = State(redraws=self.state.redraws + 1)
-        fresh = deepcopy(self.network).cpu()
-        initialise(
-            fresh, self.schedule.initialisation, seed=self.seed + 1000 * self.state.redraws
-        )  # no seed of `repeats`
-        self.network.load_state_dict(fresh.state_dict())
+        fresh, seed = deepcopy(self.network).cpu(), self.seed + 1000 * self.state.redraws  # no seed of `repeats`
+        self.network.load_state_dict(initialise(fresh, self.schedule.initialisation, seed=seed).state_dict())
         self.optimizer.state.clear()
+        return True
 
     def save(self, checkpoint: Path) -> None:
         """Write all that changes from epoch to epoch."""
@@ -209,7 +205,7 @@ class Run:
     def resume(self, checkpoint: Path) -> None:
         """Go to where the checkpoint was written; nowhere if it is damaged."""
         try:
-            content = torch.load(checkpoint, weights_only=True)
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
             state, generator, optimizer = State(**content["state"]), content["generator"], content["optimizer"]
             self.network.load_state_dict(content["network"])
         except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -6,9 +6,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from faithkd.blocks import fastest
 from faithkd.core import evaluation
 from faithkd.core.attacks import Clip, ball, search
-from faithkd.core.blocks import fastest
 from faithkd.core.data import Split
 from faithkd.core.losses import cross_entropy
 
