@@ -87,7 +87,7 @@ def _arrays(name: str, train: bool, source: Path) -> tuple[np.ndarray, np.ndarra
 
 def _check(what: str, array: np.ndarray, shape: tuple[int, ...], top: int) -> None:
     """Refuse what is of another shape, or no whole numbers from 0 to `top`."""
-    if array.shape != shape:
-        raise ValueError(f"its {what} have the shape {array.shape}, not {shape}")
-    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > top:
-        raise ValueError(f"its {what} are {array.dtype}, {array.min()} to {array.max()}, not whole numbers 0 to {top}")
+    if array.shape != shape or array.dtype.kind not in "iu":
+        raise ValueError(f"its {what} are {array.dtype} of shape {array.shape}, not whole numbers of shape {shape}")
+    if array.min() < 0 or array.max() > top:
+        raise ValueError(f"its {what} are {array.min()} to {array.max()}, not 0 to {top}")

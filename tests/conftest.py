@@ -39,6 +39,22 @@ def real_data(monkeypatch) -> Path:
     pytest.skip("the real image sets are not here: set FAITHKD_DATA to a folder that holds them")
 
 
+@pytest.fixture
+def brief_auto_attack(monkeypatch):
+    """AutoAttack with a fraction of its steps: what is tested is what we make of its points."""
+    from pyautoattack import AutoAttack
+
+    whole = AutoAttack.run_standard_evaluation
+
+    def run(suite, *arguments, **options):
+        for attack in (suite.apgd, suite.apgd_targeted, suite.fab):
+            attack.n_iter = 8
+        suite.square.n_queries = 20
+        return whole(suite, *arguments, **options)
+
+    monkeypatch.setattr(AutoAttack, "run_standard_evaluation", run)
+
+
 # The command line, which Ctrl-C reaches also where the tests were started with interrupts ignored (nohup, &).
 LAUNCH = """
 import runpy, signal

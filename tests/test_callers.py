@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import fully_connected
 from torch import nn
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parametrizations, prune
 
 import faithkd
-from faithkd import arguments
-from faithkd.core import attacks, evaluation, models
+from faithkd import blocks
+from faithkd.core import attacks, evaluation
 from faithkd.errors import FaithkdError
 
+pytestmark = pytest.mark.usefixtures("brief_auto_attack")
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 QUICK = {"steps": 5, "restarts": 1}
 
@@ -48,25 +49,23 @@ def inside(z, x, eps, low=None, high=None):
 
 
 @pytest.mark.parametrize("images", [HALF, BRAIN, SINGLE, DOUBLE])
-@pytest.mark.parametrize("weights", [(HALF, HALF), (BRAIN, SINGLE), (SINGLE, DOUBLE), (DOUBLE, DOUBLE)])
+@pytest.mark.parametrize("weights", [(HALF, HALF), (BRAIN, SINGLE), (SINGLE, DOUBLE)])
 def test_a_lower_bound_is_the_value_of_the_callers_weights_in_any_precision(weights, images):
-    teacher, student, x = TEACHER, STUDENT, X.to(images)
-    teacher, student = (deepcopy(net).to(kind) for net, kind in zip((teacher, student), weights, strict=True))
+    teacher, student = (deepcopy(net).to(kind) for net, kind in zip((TEACHER, STUDENT), weights, strict=True))
     with torch.no_grad():
         teacher[2].bias += 1000  # no confidence changes but by rounding
     for eps in (0.0, 0.1):
-        found = faithkd.empirical_lower_bound(teacher, student, x, eps, **QUICK)
-        assert torch.allclose(found.values, gap(teacher, student, found.witnesses), rtol=0, atol=1e-12)
-        assert inside(found.witnesses, x, eps)
-        wide = evaluation.strong_lower_bound(teacher, student, x, eps, classes=1, **QUICK)
-        assert (wide.values >= found.values).all() and inside(wide.witnesses, x, eps)
-        assert torch.allclose(wide.values, gap(teacher, student, wide.witnesses), rtol=0, atol=1e-12)
-        upper = faithkd.faithfulness_upper_bound(teacher, student, x, eps)
-        assert (wide.values <= upper.values).all()
+        found = faithkd.empirical_lower_bound(teacher, student, X.to(images), eps, **QUICK)
+        wide = evaluation.strong_lower_bound(teacher, student, X.to(images), eps, classes=1, **QUICK)
+        for bound in (found, wide):
+            assert torch.allclose(bound.values, gap(teacher, student, bound.witnesses), rtol=0, atol=1e-12)
+            assert inside(bound.witnesses, X.to(images), eps)
+        upper = faithkd.faithfulness_upper_bound(teacher, student, X.to(images), eps)
+        assert (found.values <= wide.values).all() and (wide.values <= upper.values).all()
 
 
 @given(st.floats(-1e3, 1e3), st.floats(0, 10), st.floats(0, 1), st.sampled_from([SINGLE, DOUBLE]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_corners_lie_in_the_exact_ball_and_in_clip(value, eps, share, kind):
     x = torch.tensor([[value]], dtype=kind)
     low, high = x.double() - share * eps, x.double() + (1 - share) * eps / 2
@@ -84,17 +83,26 @@ def test_an_image_beyond_clip_by_a_rounding_is_brought_back_as_far_as_the_ball_a
         assert torch.equal(faithkd.empirical_lower_bound(teacher, student, x, 0.0, clip=clip, **QUICK).witnesses, x)
 
 
-def test_clip_may_differ_from_image_to_image_and_from_chunk_to_chunk(monkeypatch):
-    monkeypatch.setattr(evaluation, "CHUNK", 2)
+CALLS = {
+    "empirical_lower_bound": lambda t, s, x, y, *eps, **o: faithkd.empirical_lower_bound(t, s, x, *eps, **QUICK | o),
+    "strong_lower_bound": lambda t, s, x, y, *eps, **o: evaluation.strong_lower_bound(t, s, x, *eps, **QUICK | o),
+    "agreement": lambda t, s, x, y, *eps, **o: evaluation.agreement(t, s, x, *eps, **o),
+    "robust": lambda t, s, x, y, *eps, **o: evaluation.robust(t, x, y, *eps, **o),
+    "hardest": lambda t, s, x, y, *eps, **o: evaluation.hardest(t, x, y, *eps, **o),
+    "auto_attack": lambda t, s, x, y, *eps, **o: evaluation.auto_attack(t, x, y, *eps, **o),
+    "upper bound": lambda t, s, x, y, *eps, **o: faithkd.faithfulness_upper_bound(
+        t, s, x, *eps, method="best", nodes=2, jobs=1, **o
+    ),
+}
+PGD, LABELLED = [*CALLS][:5], ("robust", "hardest", "auto_attack")
+
+
+@pytest.mark.parametrize("name", [*PGD, "auto_attack"])
+def test_clip_may_differ_from_image_to_image_and_from_chunk_to_chunk(monkeypatch, name):
+    monkeypatch.setattr(attacks, "CHUNK", 2)
     high = X + torch.linspace(0, 0.1, 5)[:, None]
-    clip = (-10, high)
-    for witnesses in (
-        evaluation.robust(TEACHER, X, Y, 0.3, clip=clip).witnesses,
-        evaluation.agreement(TEACHER, STUDENT, X, 0.3, clip=clip).witnesses,
-        evaluation.hardest(TEACHER, X, Y, 0.3, clip=clip),
-        evaluation.auto_attack(TEACHER, X, Y, 0.3, clip=clip).witnesses,
-    ):
-        assert inside(witnesses, X, 0.3, -10, high)
+    found = CALLS[name](TEACHER, STUDENT, X, Y, 0.3, clip=(-10, high))
+    assert inside(found if name == "hardest" else found.witnesses, X, 0.3, -10, high)
 
 
 # Networks on images of 1 × 8 × 8 that begin with what PGD has a quicker form of, and do something else.
@@ -118,24 +126,14 @@ def plain(first=None):
     return nn.Sequential(first or nn.Conv2d(1, 4, 3, 2), nn.Flatten(), nn.Linear(36, 2))
 
 
-def hooked(register, of_first, hook):
-    network = plain()
-    getattr(network[0] if of_first else network, register)(hook)
-    return network
-
-
-def patched():
-    network = plain()
-    network.forward = lambda x: nn.Sequential.forward(network, 10 * x - 5)
-    return network
-
-
 def changed(change):
     network = plain()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the older forms are deprecated, and in use
-        change(network[0])
+    change(network)
     return network
+
+
+def patch(network):
+    network.forward = lambda x: nn.Sequential.forward(network, 10 * x - 5)
 
 
 def scaled_input(_, inputs):
@@ -147,13 +145,12 @@ LINEAR = {
     "own forward": lambda: Shifted(*plain()),
     "own first layer": lambda: plain(OwnConv(1, 4, 3, 2)),
     "own __init__": lambda: OwnInit(4),
-    "hook before": lambda: hooked("register_forward_pre_hook", False, scaled_input),
-    "hook before the first layer": lambda: hooked("register_forward_pre_hook", True, scaled_input),
-    "hook after": lambda: hooked("register_forward_hook", False, lambda *found: 3 * found[2].flip(1)),
-    "forward replaced": patched,
-    "spectral norm": lambda: changed(parametrizations.spectral_norm),
-    "weight norm": lambda: changed(weight_norm),
-    "pruned": lambda: changed(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+    "hook before": lambda: changed(lambda net: net.register_forward_pre_hook(scaled_input)),
+    "hook before the first layer": lambda: changed(lambda net: net[0].register_forward_pre_hook(scaled_input)),
+    "hook after": lambda: changed(lambda net: net.register_forward_hook(lambda *found: 3 * found[2].flip(1))),
+    "forward replaced": lambda: changed(patch),
+    "spectral norm": lambda: changed(lambda net: parametrizations.spectral_norm(net[0])),
+    "pruned": lambda: changed(lambda net: prune.l1_unstructured(net[0], "weight", 0.5)),
 }
 
 
@@ -171,17 +168,13 @@ def test_what_is_attacked_is_the_callers_network(name):
     eps = float(distance.median()) * 1.02
     wanted = distance > eps
     assert 0 < int(wanted.sum()) < 12
-    for holds in (
-        evaluation.robust(network, x, y, eps).holds,
-        evaluation.auto_attack(network, x, y, eps).holds,
-        evaluation.predictions(network, evaluation.hardest(network, x, y, eps)) == y,
-    ):
-        assert torch.equal(holds, wanted)
-    assert (models.on_blocks(network, (1, 8, 8)) is None) == (name != "plain")
+    assert torch.equal(evaluation.robust(network, x, y, eps).holds, wanted)
+    assert torch.equal(evaluation.predictions(network, evaluation.hardest(network, x, y, eps)) == y, wanted)
+    assert (blocks.on_blocks(network, (1, 8, 8)) is None) == (name != "plain")
 
 
 class Block(nn.Module):
-    """Batch norm, a residual, an activation that no bound knows, and logits by a view."""
+    """Batch norm, a residual, an activation, and logits by a view."""
 
     def __init__(self):
         super().__init__()
@@ -205,13 +198,10 @@ class Functional(nn.Module):
 
 
 def exported(network):
-    shapes = ({0: torch.export.Dim("images")},)
-    return torch.export.export(network, (X,), dynamic_shapes=shapes).module()
+    return torch.export.export(network, (X,), dynamic_shapes=({0: torch.export.Dim("images")},)).module()
 
 
 WRAPPED = {
-    "module": lambda network: network,
-    "wrapped": nn.Sequential,
     "functional": Functional,
     "traced by fx": torch.fx.symbolic_trace,
     "traced": lambda network: torch.jit.trace(network, X),
@@ -230,11 +220,9 @@ def test_any_module_that_returns_logits_will_do(name):
         wrapped = WRAPPED[name](network)
         found = faithkd.empirical_lower_bound(wrapped, STUDENT, X, 0.1, **QUICK)
         holds = evaluation.robust(wrapped, X, Y, 0.0).holds
-        agrees = evaluation.agreement(wrapped, STUDENT, X, 0.0).holds
     assert torch.allclose(found.values, gap(network, STUDENT, found.witnesses), rtol=0, atol=1e-12)
     assert torch.equal(found.values, faithkd.empirical_lower_bound(network, STUDENT, X, 0.1, **QUICK).values)
-    classes = [net(X).argmax(1) for net in (network, STUDENT)]
-    assert torch.equal(holds, classes[0] == Y) and torch.equal(agrees, classes[0] == classes[1])
+    assert torch.equal(holds, network(X).argmax(1) == Y)
 
 
 def constant():
@@ -243,32 +231,19 @@ def constant():
     return network
 
 
-def test_networks_without_weights_or_slopes_have_values():
+def test_networks_without_weights_or_slopes_and_no_images_have_values():
     for network in (nn.Sequential(), nn.Sequential(nn.ReLU(inplace=True)), constant()):
-        found = faithkd.empirical_lower_bound(network, network, X, 0.1, **QUICK)
-        assert found.values.tolist() == [0] * 5
+        assert faithkd.empirical_lower_bound(network, network, X, 0.1, **QUICK).values.tolist() == [0] * 5
         assert evaluation.robust(network, X, Y, 0.0).holds.shape == (5,)
-
-
-CALLS = {
-    "empirical_lower_bound": lambda t, s, x, y, *eps, **o: faithkd.empirical_lower_bound(t, s, x, *eps, **o),
-    "strong_lower_bound": lambda t, s, x, y, *eps, **o: evaluation.strong_lower_bound(t, s, x, *eps, **o),
-    "agreement": lambda t, s, x, y, *eps, **o: evaluation.agreement(t, s, x, *eps, **o),
-    "robust": lambda t, s, x, y, *eps, **o: evaluation.robust(t, x, y, *eps, **o),
-    "hardest": lambda t, s, x, y, *eps, **o: evaluation.hardest(t, x, y, *eps, **o),
-    "auto_attack": lambda t, s, x, y, *eps, **o: evaluation.auto_attack(t, x, y, *eps, **o),
-    "upper bound": lambda t, s, x, y, *eps, **o: faithkd.faithfulness_upper_bound(t, s, x, *eps, **o),
-    "best": lambda t, s, x, y, *eps, **o: faithkd.faithfulness_upper_bound(
-        t, s, x, *eps, method="best", nodes=2, jobs=1, **o
-    ),
-}
+    bound = faithkd.empirical_lower_bound(TEACHER, STUDENT, X[:0], 0.1)
+    assert bound.values.shape == (0,) and bound.witnesses.shape == (0, 4)
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
 def test_the_callers_process_networks_and_images_are_left_alone(name, mode):
     teacher, student = nn.Sequential(nn.ReLU(inplace=True), *TEACHER), deepcopy(STUDENT)
-    if name not in ("upper bound", "best"):  # these know no batch norm
+    if name != "upper bound":  # which needs batch norm to be in evaluation mode
         teacher = nn.Sequential(nn.ReLU(inplace=True), Block(), nn.BatchNorm1d(3)).train()
     student[0].weight.requires_grad_(False)
     with mode():
@@ -291,19 +266,22 @@ def test_the_callers_process_networks_and_images_are_left_alone(name, mode):
 
 
 def test_threads_share_networks_in_training_mode():
-    torch.manual_seed(0)
     teacher, found = Block().train(), {}
     wanted = faithkd.empirical_lower_bound(teacher, STUDENT, X, 0.1, **QUICK).values
 
     def work(place):
         found[place] = faithkd.empirical_lower_bound(teacher, STUDENT, X, 0.1, **QUICK).values
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[place], wanted) for place in range(4)) and teacher.norm.training
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(3)]
+    for act in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            act(thread)
+    assert all(torch.equal(found[place], wanted) for place in range(3)) and teacher.norm.training
+
+
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot pickle a lock")
 
 
 WRONG = [
@@ -314,69 +292,49 @@ WRONG = [
     ({"x": X * float("nan")}, "x holds NaN or infinity, first in image 0"),
     ({"x": X[0]}, "give a batch"),
     ({"x": X.numpy()}, "x must be a real torch.Tensor"),
-    ({"x": X.to(torch.complex64)}, "x must be a real torch.Tensor"),
     ({"x": X.to_sparse()}, "x must be a dense tensor"),
     ({"x": torch.randn(5, 3)}, "teacher|network"),
     ({"clip": (0.0, 0.001)}, "x lies outside clip"),
     ({"clip": (float("nan"), 1)}, "clip holds NaN"),
     ({"clip": (-9.0, torch.ones(3))}, "clip must be"),
     ({"clip": 9.0}, "clip must be"),
-    ({"seed": 1.5}, "seed must be"),
-    ({"seed": -1}, "seed must be"),
-    ({"seed": 2**64}, "seed must be"),
+    *(({"seed": seed}, "seed must be") for seed in (1.5, -1, 2**64)),
     ({"teacher": mlp(4, 3).to("meta")}, "layer 0: the weight has no values"),
-    ({"teacher": nn.Sequential(nn.LazyLinear(3))}, "layer 0.*(the weight has no values|LazyLinear)"),
+    ({"teacher": mlp(4, 2, 3, factor=float("nan"))}, "layer 0: the weight holds NaN"),
     ({"teacher": torch.relu}, "teacher|network"),
     ({"teacher": mlp(4, 1)}, "C >= 2 classes"),
     ({"student": mlp(4, 5, 7)}, "the teacher has 3 classes and the student 7"),
+    *(({"y": y}, "y must") for y in (Y[:2], Y + 1, Y - 1, Y + 0.5, nn.functional.one_hot(Y, 3), None, "abcde")),
+    *(({name: value}, f"{name} must be") for name in ("steps", "restarts") for value in (0, 1.5, True, "2", None)),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
-@pytest.mark.parametrize(("change", "message"), WRONG)
 @pytest.mark.parametrize("name", CALLS)
-def test_every_function_refuses_the_same_in_the_same_words(name, change, message):
-    given = {"teacher": TEACHER, "student": STUDENT, "x": X, "eps": 0.1} | change
-    options = {key: value for key, value in given.items() if key in ("clip", "seed")}
-    if (
-        name == "upper bound"
-        and "seed" in options
-        or "student" in change
-        and name in ("robust", "hardest", "auto_attack")
-    ):
-        pytest.skip("it takes no such argument")
-    with pytest.raises(FaithkdError, match=message):
-        CALLS[name](given["teacher"], given["student"], given["x"], Y, given["eps"], **options)
+def test_every_function_refuses_the_same_in_the_same_words(name):
+    for change, message in WRONG:
+        (argument,) = change
+        takes = {"y": name in LABELLED, "student": name not in LABELLED, "steps": name in PGD, "restarts": name in PGD}
+        if takes.get(argument, True):
+            given = {"teacher": TEACHER, "student": STUDENT, "x": X, "y": Y, "eps": 0.1} | change
+            options = {key: given[key] for key in ("clip", "seed", "steps", "restarts") if key in given}
+            with pytest.raises(FaithkdError, match=message):
+                CALLS[name](*(given[key] for key in ("teacher", "student", "x", "y", "eps")), **options)
 
 
-@pytest.mark.parametrize("name", ["steps", "restarts"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None])
-def test_budgets_are_whole_numbers(name, value):
-    for call in ("empirical_lower_bound", "strong_lower_bound", "agreement", "robust", "hardest"):
-        with pytest.raises(FaithkdError, match=f"{name} must be a whole number >= 1"):
-            CALLS[call](TEACHER, STUDENT, X, Y, 0.1, **{name: value})
-    with pytest.raises(FaithkdError, match="jobs must be a whole number >= 1"):
-        faithkd.faithfulness_upper_bound(TEACHER, STUDENT, X, 0.1, method="best", jobs=0 if value is None else value)
-
-
-@pytest.mark.parametrize("function", [attacks.ascend, attacks.search])
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("network", "message"),
     [
-        ({"eps": -1}, "eps"),
-        ({"steps": 1.5}, "steps"),
-        ({"step_size": float("nan")}, "step_size"),
-        ({"x": X[0]}, "batch"),
+        (Uncopied(4, 3), "cannot be copied.*cannot pickle a lock"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))), "returns .'N', 3, 1."),
+        (nn.LSTM(4, 3), "returns tuple"),
     ],
 )
-def test_the_ascent_itself_refuses_them_too(function, change, message):
-    options = {"x": X, "eps": 0.1, "steps": 2, "step_size": 0.1, "generator": torch.Generator()} | change
-    options |= {"restarts": 1} if function is attacks.search else {}
+def test_networks_that_give_no_logits_are_told(network, message):
     with pytest.raises(FaithkdError, match=message):
-        function(lambda z: (z.sum(1), z.sum(1)) if "restarts" in options else z.sum(1), **options)
+        evaluation.robust(network, X, Y, 0.1)
 
 
-def test_numbers_and_images_of_other_forms_are_taken():
+def test_numbers_labels_and_images_of_other_forms_are_taken():
     wanted = faithkd.empirical_lower_bound(TEACHER, STUDENT, X, 0.5, **QUICK)
     for eps in (Fraction(1, 2), np.float32(0.5), torch.tensor([0.5]), np.array(0.5)):
         assert torch.equal(faithkd.empirical_lower_bound(TEACHER, STUDENT, X, eps, **QUICK).values, wanted.values)
@@ -384,52 +342,12 @@ def test_numbers_and_images_of_other_forms_are_taken():
         x = torch.ones(2, 4).to(kind)
         found = faithkd.empirical_lower_bound(TEACHER, STUDENT, x, 0.0, **QUICK)
         assert torch.allclose(found.values, gap(TEACHER, STUDENT, x), rtol=0, atol=1e-12)
+    for y in (Y.int(), Y.to(torch.uint8), Y.float(), Y.tolist(), Y.numpy()):
+        assert torch.equal(evaluation.robust(TEACHER, X, y, 0.0).holds, TEACHER(X).argmax(1) == Y)
 
 
-LABELS = {
-    "int32": Y.int(),
-    "uint8": Y.to(torch.uint8),
-    "float": Y.float(),
-    "column": Y[:, None],
-    "one-hot": nn.functional.one_hot(Y, 3),
-    "one-hot of float": nn.functional.one_hot(Y, 3).float(),
-    "list": Y.tolist(),
-    "array": Y.numpy(),
-}
-
-
-@pytest.mark.parametrize("name", LABELS)
-def test_labels_of_all_forms_are_the_same_labels(name):
-    wanted = TEACHER(X).argmax(1) == Y
-    for call in (evaluation.robust, evaluation.auto_attack):
-        assert torch.equal(call(TEACHER, X, LABELS[name], 0.0).holds, wanted)
-    assert torch.equal(arguments.labels(LABELS[name], 5, 3), Y)
-
-
-@pytest.mark.parametrize(
-    "y", [Y[:2], Y + 1, Y - 1, Y + 0.5, Y * float("nan"), torch.full((5, 3), 1 / 3), None, "abcde"]
-)
-def test_what_is_no_label_is_refused(y):
-    for call in (evaluation.robust, evaluation.hardest, evaluation.auto_attack):
-        with pytest.raises(FaithkdError, match="y must"):
-            call(TEACHER, X, y, 0.1)
-
-
-class Uncopied(nn.Linear):
-    def __deepcopy__(self, memo):
-        raise TypeError("cannot pickle a lock")
-
-
-@pytest.mark.parametrize(
-    ("network", "message"),
-    [
-        (Uncopied(4, 3), "cannot be copied.*cannot pickle a lock"),
-        (mlp(4, 2, 3, factor=float("nan")), "layer 0: the weight holds NaN"),
-        (nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1))), "returns .'N', 3, 1."),
-        (nn.LSTM(4, 3), "returns tuple"),
-    ],
-)
-def test_networks_that_give_no_logits_are_told(network, message):
-    for call in (evaluation.robust, evaluation.hardest):
-        with pytest.raises(FaithkdError, match=message):
-            call(network, X, Y, 0.1)
+def test_unknown_versions_and_too_few_classes_are_told():
+    with pytest.raises(FaithkdError, match="standard, plus"):
+        evaluation.auto_attack(TEACHER, X, Y, 0.1, version="fast")
+    with pytest.raises(FaithkdError, match="classes must be a whole number >= 1"):
+        evaluation.strong_lower_bound(TEACHER, STUDENT, X, 0.1, classes=0)

@@ -108,9 +108,13 @@ def test_sound_files_are_read(given, name):
         (X, lambda b: b"", "invalid literal"),
         (X, lambda b: b"<html>404</html>" * 100, "it has not the format of MNIST"),
         (X, lambda b: b[:3000], "shape '[4, 28, 28]' is invalid"),
-        (X, lambda b: b[:4] + sizes(3) + b[8:-784], "images have the shape (3, 28, 28), not (4, 28, 28)"),
-        (Y, lambda b: b[:4] + sizes(3) + b[8:-1], "labels have the shape (3,), not (4,)"),
-        (Y, lambda b: b[:-1] + b"\xc8", "labels are uint8, 1 to 200, not whole numbers 0 to 9"),
+        (
+            X,
+            lambda b: b[:4] + sizes(3) + b[8:-784],
+            "images are uint8 of shape (3, 28, 28), not whole numbers of shape (4, 28, 28)",
+        ),
+        (Y, lambda b: b[:4] + sizes(3) + b[8:-1], "labels are int64 of shape (3,), not whole numbers of shape (4,)"),
+        (Y, lambda b: b[:-1] + b"\xc8", "labels are 1 to 200, not 0 to 9"),
     ],
 )
 def test_damaged_files_of_mnists_format(given, file, change, told):
@@ -123,9 +127,12 @@ def test_damaged_files_of_mnists_format(given, file, change, told):
     [
         ({"y_test": None}, "y_test is not a file in the archive"),
         ({"x_test": np.zeros((4, 32, 32, 3))}, "images are float64"),
-        ({"x_test": np.zeros((4, 3, 32, 32), np.uint8)}, "(4, 3, 32, 32), not (4, 32, 32, 3)"),
+        (
+            {"x_test": np.zeros((4, 3, 32, 32), np.uint8)},
+            "shape (4, 3, 32, 32), not whole numbers of shape (4, 32, 32, 3)",
+        ),
         ({"x_test": np.full((4, 32, 32, 3), None)}, "allow_pickle=False"),
-        ({"y_test": np.array([0, 1, 2, -1])}, "-1 to 2, not whole numbers 0 to 9"),
+        ({"y_test": np.array([0, 1, 2, -1])}, "labels are -1 to 2, not 0 to 9"),
         ({"y_test": np.array(["0", "1", "2", "3"])}, "labels are <U1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Robust accuracy, agreement and EmpLB on networks simple enough to know the answer."""
+"""Robust accuracy, agreement and EmpLB on networks simple enough to know the answer; and the stronger searches."""
 
 import sys
 from copy import deepcopy
@@ -10,8 +10,9 @@ from torch import nn
 import faithkd
 from faithkd import experiment, params, tables
 from faithkd.core import evaluation
-from faithkd.errors import FaithkdError
 from faithkd.report.paper import STUDENTS
+
+pytestmark = pytest.mark.usefixtures("brief_auto_attack")
 
 
 def linear(weight, bias):
@@ -26,7 +27,17 @@ def linear(weight, bias):
 # Class 0 where x₁ > 0, with log-odds 2x₁; the student moves the border to x₁ > 0.3.
 TEACHER = linear([[1.0, 0.0], [-1.0, 0.0]], [0.0, 0.0])
 STUDENT = linear([[1.0, 0.0], [-1.0, 0.0]], [-0.3, 0.3])
-CONSTANT = linear([[0.0, 0.0], [0.0, 0.0]], [0.0, 0.0])
+
+
+def random_pair(seed, classes=5, shape=(1, 4, 4)):
+    """Networks sure enough for softmax to go flat, and 25 images."""
+    torch.manual_seed(seed)
+    size = int(torch.tensor(shape).prod())
+    nets = [nn.Sequential(nn.Flatten(), nn.Linear(size, w), nn.ReLU(), nn.Linear(w, classes)) for w in (16, 8)]
+    for net in nets:
+        net[1].weight.data *= 3
+        net[3].weight.data *= 3
+    return *nets, torch.randn(25, *shape)
 
 
 def test_robust_accuracy_is_the_distance_to_the_border():
@@ -68,81 +79,10 @@ def test_emp_lb_finds_a_maximum_known_in_closed_form():
 
 
 def test_more_restarts_never_find_less_and_the_seed_repeats():
-    torch.manual_seed(1)
-    teacher, student = (nn.Sequential(nn.Linear(5, w), nn.ReLU(), nn.Linear(w, 3)) for w in (16, 6))
-    x = torch.randn(30, 5)
+    teacher, student, x = random_pair(1)
     runs = [faithkd.empirical_lower_bound(teacher, student, x, 0.5, restarts=n, steps=10) for n in (1, 1, 4)]
     assert torch.equal(runs[0].values, runs[1].values)
     assert (runs[2].values >= runs[0].values - 1e-9).all() and (runs[2].values > runs[0].values).any()
-
-
-def test_an_empty_batch_is_an_empty_answer():
-    bound = faithkd.empirical_lower_bound(TEACHER, STUDENT, torch.zeros(0, 2), 0.1)
-    assert bound.values.shape == (0,) and bound.witnesses.shape == (0, 2)
-
-
-def random_pair(seed, classes=5, shape=(1, 4, 4)):
-    torch.manual_seed(seed)
-    size = int(torch.tensor(shape).prod())
-    nets = [nn.Sequential(nn.Flatten(), nn.Linear(size, w), nn.ReLU(), nn.Linear(w, classes)) for w in (16, 8)]
-    for net in nets:
-        for layer in (net[1], net[3]):
-            layer.weight.data *= 3  # sure enough for softmax to go flat
-    return *nets, torch.randn(25, *shape)
-
-
-@pytest.mark.parametrize("classes", [2, 3, 4, 10])
-def test_auto_attack_counts_only_what_errs_in_our_ball(classes):
-    network, _, x = random_pair(classes, classes)
-    y = evaluation.predictions(network, x)
-    y[:3] = (y[:3] + 1) % classes  # misclassified already: the witness is the image
-    attack = evaluation.auto_attack(network, x, y, 0.2)
-    assert not attack.holds[:3].any() and torch.equal(attack.witnesses[:3], x[:3])
-    assert 0 < int((~attack.holds[3:]).sum()) < len(x) - 3
-    assert ((attack.witnesses.double() - x.double()).abs() <= 0.2).all()
-    assert torch.equal(evaluation.predictions(network, attack.witnesses) == y, attack.holds)
-    assert not (attack.holds & ~evaluation.robust(network, x, y, 0.2, restarts=5).holds).any()
-
-
-def test_auto_attack_knows_nothing_of_pixels():
-    """The same network and images, moved far out of [0, 1]: the same verdicts."""
-    network, _, x = random_pair(3)
-    y = evaluation.predictions(network, x)
-    moved = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), *list(network)[1:])
-    with torch.no_grad():
-        moved[1].weight.copy_(torch.eye(16) / 8)
-        moved[1].bias.fill_(-32.0)
-    here, there = evaluation.auto_attack(network, x, y, 0.25), evaluation.auto_attack(moved, 8 * x + 256, y, 2.0)
-    assert torch.equal(here.holds, there.holds) and (there.witnesses > 200).all()
-
-
-def test_auto_attack_is_a_distance_to_the_border_and_stays_inside_clip():
-    x, y = torch.tensor([[0.05, 0.9], [0.25, 0.5], [0.4, 0.0]]), torch.tensor([0, 0, 0])
-    border = linear([[1.0, 0.0], [-1.0, 0.0]], [-0.02, 0.02])  # class 0 where x₁ > 0.02
-    assert evaluation.auto_attack(border, x, y, 0.1).holds.tolist() == [False, True, True]
-    clip = torch.tensor(0.0), torch.tensor(1.0)
-    clipped = evaluation.auto_attack(border, x, y, 0.3, clip=clip)
-    assert clipped.holds.tolist() == [False, False, True]
-    assert ((clipped.witnesses >= 0) & (clipped.witnesses <= 1)).all()
-    beyond = linear([[1.0, 0.0], [-1.0, 0.0]], [0.02, -0.02])  # class 0 where x₁ > −0.02, which no valid input leaves
-    assert evaluation.auto_attack(beyond, x, y, 0.3, clip=clip).holds.all()
-
-
-def test_auto_attack_repeats_and_leaves_others_alone():
-    network, _, x = random_pair(4)
-    y, state = evaluation.predictions(network, x), torch.random.get_rng_state()
-    trace = sys.gettrace()
-    runs = [evaluation.auto_attack(network, x, y, 0.2, seed=seed) for seed in (1, 1)]
-    assert torch.equal(runs[0].witnesses, runs[1].witnesses)
-    assert torch.equal(state, torch.random.get_rng_state()) and sys.gettrace() is trace
-    assert next(network.parameters()).requires_grad
-    assert torch.equal(evaluation.auto_attack(network, x, y, 0.0).witnesses, x)
-    assert evaluation.auto_attack(network, x[:0], y[:0], 0.2).holds.shape == (0,)
-
-
-def test_auto_attack_knows_its_versions():
-    with pytest.raises(FaithkdError, match="standard, plus"):
-        evaluation.auto_attack(TEACHER, torch.zeros(1, 2), torch.zeros(1).long(), 0.1, version="fast")
 
 
 def test_hardest_points_are_worse_than_the_image_and_lie_in_the_ball():
@@ -154,17 +94,15 @@ def test_hardest_points_are_worse_than_the_image_and_lie_in_the_ball():
     assert torch.equal(evaluation.hardest(network, x, y, 0.0), x)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_wider_search_lies_between_emp_lb_and_faith_ub(seed):
-    teacher, student, x = random_pair(seed)
-    for eps in (0.0, 0.01, 0.1, 0.5):
-        options = {"steps": 10, "restarts": 2, "seed": seed}
+def test_a_wider_search_lies_between_emp_lb_and_faith_ub():
+    teacher, student, x = random_pair(0)
+    for eps in (0.0, 0.01, 0.5):
+        options = {"steps": 4, "restarts": 2, "seed": 3}
         plain = faithkd.empirical_lower_bound(teacher, student, x, eps, **options)
-        wide = evaluation.strong_lower_bound(teacher, student, x, eps, **options)
+        wide = evaluation.strong_lower_bound(teacher, student, x, eps, classes=2, **options)
         assert (wide.values >= plain.values).all() and wide.values.dtype == torch.float64
-        for method in ("interval", "crown"):
-            upper = faithkd.faithfulness_upper_bound(teacher, student, x, eps, method=method)
-            assert (wide.values <= upper.values + 1e-12).all()
+        upper = faithkd.faithfulness_upper_bound(teacher, student, x, eps)
+        assert (wide.values <= upper.values + 1e-12).all()
         assert ((wide.witnesses.double() - x.double()).abs() <= eps).all()
         with torch.no_grad():
             nets = [deepcopy(net).double() for net in (teacher, student)]
@@ -181,23 +119,61 @@ def test_a_wider_search_climbs_where_softmax_is_flat():
     assert float(plain.values) < 0.01 < 0.9 < float(wide.values)
 
 
-def test_a_wider_search_needs_a_class():
-    with pytest.raises(FaithkdError, match="classes must be a whole number >= 1"):
-        evaluation.strong_lower_bound(TEACHER, STUDENT, torch.zeros(1, 2), 0.1, classes=0)
+# --- AutoAttack
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_auto_attack_counts_only_what_errs_in_our_ball_and_knows_nothing_of_pixels(classes):
+    network, _, x = random_pair(classes, classes)
+    y = evaluation.predictions(network, x)
+    y[:3] = (y[:3] + 1) % classes  # misclassified already: the witness is the image
+    attack = evaluation.auto_attack(network, x, y, 0.2)
+    assert not attack.holds[:3].any() and torch.equal(attack.witnesses[:3], x[:3])
+    assert 0 < int((~attack.holds[3:]).sum()) < len(x) - 3
+    assert ((attack.witnesses.double() - x.double()).abs() <= 0.2).all()
+    assert torch.equal(evaluation.predictions(network, attack.witnesses) == y, attack.holds)
+    moved = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), *list(network)[1:])  # far out of [0, 1]: the same verdicts
+    with torch.no_grad():
+        moved[1].weight.copy_(torch.eye(16) / 8)
+        moved[1].bias.fill_(-32.0)
+    there = evaluation.auto_attack(moved, 8 * x + 256, y, 1.6)
+    assert torch.equal(attack.holds, there.holds) and (there.witnesses > 200).all()
+
+
+def test_auto_attack_is_a_distance_to_the_border_and_stays_inside_clip():
+    x, y = torch.tensor([[0.05, 0.9], [0.25, 0.5], [0.4, 0.0]]), torch.tensor([0, 0, 0])
+    border = linear([[1.0, 0.0], [-1.0, 0.0]], [-0.02, 0.02])  # class 0 where x₁ > 0.02
+    assert evaluation.auto_attack(border, x, y, 0.1).holds.tolist() == [False, True, True]
+    clipped = evaluation.auto_attack(border, x, y, 0.3, clip=(0.0, 1.0))
+    assert clipped.holds.tolist() == [False, False, True]
+    assert ((clipped.witnesses >= 0) & (clipped.witnesses <= 1)).all()
+    beyond = linear([[1.0, 0.0], [-1.0, 0.0]], [0.02, -0.02])  # class 0 where x₁ > −0.02, which no valid input leaves
+    assert evaluation.auto_attack(beyond, x, y, 0.3, clip=(0.0, 1.0)).holds.all()
+
+
+def test_auto_attack_repeats_and_leaves_others_alone():
+    network, _, x = random_pair(4)
+    y, state = evaluation.predictions(network, x), torch.random.get_rng_state()
+    trace = sys.gettrace()
+    runs = [evaluation.auto_attack(network, x, y, 0.2, seed=1) for _ in range(2)]
+    assert torch.equal(runs[0].witnesses, runs[1].witnesses)
+    assert torch.equal(state, torch.random.get_rng_state()) and sys.gettrace() is trace
+    assert torch.equal(evaluation.auto_attack(network, x, y, 0.0).witnesses, x)
+    assert evaluation.auto_attack(network, x[:0], y[:0], 0.2).holds.shape == (0,)
 
 
 def test_the_tables_of_both_stronger_searches():
-    p = params.load("smoke")
+    few = {"data.test_images": 4, "evaluate.autoattack.images": 4, "evaluate.strong.images": 4, "evaluate.steps": 3}
+    p = params.load("digits", few | {"evaluate.strong.restarts": 1, "evaluate.eps": [0.1, 0.2]})
     attacked, wider = experiment.auto_attack(p), experiment.strong(p)
     assert (attacked["both"] == attacked["PGD"] & attacked["AutoAttack"]).all()
-    assert attacked.groupby("method").size().to_dict() == dict.fromkeys(("RT", *STUDENTS), p.evaluate.autoattack.images)
-    table = tables.auto_attack(attacked).set_index("method")
-    fd = attacked[attacked["method"] == "FD"]
+    assert attacked.groupby("method").size().to_dict() == dict.fromkeys(("RT", *STUDENTS), 4)
+    table, fd = tables.auto_attack(attacked).set_index("method"), attacked[attacked["method"] == "FD"]
     assert table.loc["FD", "both"] == pytest.approx(100 * fd["both"].mean())
     assert table.loc["FD", "missed"] == (fd["PGD"] & ~fd["AutoAttack"]).sum()
     assert (wider["EmpLB"] <= wider["StrongLB"]).all() and (wider["StrongLB"] <= wider["FaithUB"] + 1e-12).all()
     gains = tables.strong(wider)
-    assert len(gains) == len(p.evaluate.eps) * len(STUDENTS) and (gains["mean"] <= gains["largest"] + 1e-12).all()
+    assert len(gains) == 2 * len(STUDENTS) and (gains["mean"] <= gains["largest"] + 1e-12).all()
     for name, frame in (("autoattack", tables.auto_attack(attacked)), ("strong", gains)):
         cells, best = tables.layout(frame, name)
         assert cells.shape == best.shape and cells.map(lambda text: isinstance(text, str)).all(axis=None)

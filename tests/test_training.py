@@ -1,10 +1,12 @@
-"""Training: what comes out is what the parameters say, killed runs go on bit for bit, the recipe is pinned."""
+"""Training: what comes out is what the parameters say, and killed runs go on bit for bit."""
+
+import math
+from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
 
-from faithkd import params
+from faithkd import blocks, params
 from faithkd.core import data, losses, models, training
 from faithkd.core.losses import Method
 
@@ -19,11 +21,11 @@ def train(p, method=None, teacher=None, checkpoint=None, epochs=None, limit=300)
     return training.fit(
         models.build(architecture, (1, 8, 8), seed=p.seed),
         teacher,
-        data.training(p)[slice(0, limit)],
+        data.training(p)[:limit],
         data.validation(p),
         getattr(p.train, method or "RT"),
         schedule,
-        method=losses.METHODS.get(method),
+        method=losses.METHODS.get(method, method),
         seed=p.seed,
         checkpoint=checkpoint,
     )
@@ -42,11 +44,12 @@ def teacher():
 
 
 @pytest.mark.parametrize("method", [None, "SD", "ARD", "RSLAD", "FD"])
-def test_every_method_learns(method, teacher):
-    p = small(**{"train.attack.eps": 0.05})
-    _, history = train(p, method, teacher if method else None, limit=1200)
+def test_every_method_learns_and_leaves_its_teacher_alone(method, teacher):
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    _, history = train(small(**{"train.attack.eps": 0.05}), method, teacher if method else None, limit=1200)
     assert history[-1]["loss"] < 0.9 * history[0]["loss"]
     assert history[-1]["accuracy"] > 0.3, "well above chance after three epochs"
+    assert same(before, teacher.state_dict()) and next(teacher.parameters()).requires_grad
 
 
 def test_the_seed_decides(teacher):
@@ -54,14 +57,41 @@ def test_the_seed_decides(teacher):
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
-def test_the_teacher_is_left_alone(teacher):
-    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
-    train(small(), "FD", teacher)
-    assert same(before, teacher.state_dict()) and next(teacher.parameters()).requires_grad
-
-
 class KilledError(Exception):
     pass
+
+
+@contextmanager
+def killed_in(number):
+    """The training inside is killed in its epoch `number`, counted from 0."""
+    learn, calls = training.Run.learn, iter(range(100))
+
+    def dying(run, images):
+        if next(calls) == number:
+            raise KilledError
+        return learn(run, images)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(training.Run, "learn", dying)
+        yield
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, teacher, stop):
+    place, undisturbed = tmp_path / "checkpoint", train(small(), "FD", teacher)
+    with killed_in(stop):
+        train(small(), "FD", teacher, place)
+    resumed = train(small(), "FD", teacher, place)
+    assert same(undisturbed[0], resumed[0]) and undisturbed[1] == resumed[1]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-200], lambda b: b"x" * 1000])
+def test_a_damaged_checkpoint_is_told_and_trained_anew(tmp_path, teacher, damage):
+    place = tmp_path / "checkpoint"
+    undisturbed, _ = train(small(), "SD", teacher, place, epochs=2)
+    place.write_bytes(damage(place.read_bytes()))
+    with pytest.warns(UserWarning, match="checkpoint is damaged .*; the training starts anew"):
+        assert same(train(small(), "SD", teacher, place, epochs=2)[0], undisturbed)
 
 
 @pytest.fixture
@@ -77,78 +107,42 @@ def unlucky(monkeypatch):
     monkeypatch.setattr(models, "build", dead)
 
 
-def test_a_network_that_dies_in_the_ramp_starts_again(unlucky, teacher, tmp_path, monkeypatch, capsys):
-    p = small(**{"train.ramp_epochs": 2, "train.attack.eps": 0.05})
+def test_a_network_that_dies_in_the_ramp_starts_again(unlucky, teacher, tmp_path, capsys):
+    p, place = small(**{"train.ramp_epochs": 2, "train.attack.eps": 0.05}), tmp_path / "checkpoint"
     weights, history = train(p, "FD", teacher, limit=1200)
     assert [row["epoch"] for row in history] == [1, 2, 3] and [row["redraws"] for row in history] == [1, 1, 1]
     assert history[-1]["accuracy"] > 0.3, "well above chance after three epochs"
     assert "once more from other weights" in capsys.readouterr().err
-
-    place, epoch = tmp_path / "progress.safetensors", training._epoch
-    calls = iter(range(10))
-
-    def dying(*arguments):
-        if next(calls) == 3:  # in the second epoch of the second start
-            raise KilledError
-        return epoch(*arguments)
-
-    monkeypatch.setattr(training, "_epoch", dying)
-    with pytest.raises(KilledError):
+    with killed_in(3):  # in the second epoch of the second start
         train(p, "FD", teacher, place, limit=1200)
-    monkeypatch.setattr(training, "_epoch", epoch)
     resumed, again = train(p, "FD", teacher, place, limit=1200)
     assert same(weights, resumed) and again == history
 
 
-def test_a_network_that_stays_dead_ends_its_training_all_the_same(unlucky, teacher, monkeypatch):
+@pytest.mark.parametrize("ramp", [0, 1])
+def test_a_network_that_stays_dead_ends_its_training_all_the_same(unlucky, teacher, monkeypatch, ramp):
     monkeypatch.setattr(training, "initialise", lambda network, *_, **__: network)  # as dead as before
-    _, history = train(small(**{"train.ramp_epochs": 1}), "FD", teacher)
-    assert len(history) == 3 and history[-1]["redraws"] == training.REDRAWS and history[-1]["accuracy"] < 0.2
-
-
-def test_without_a_ramp_nothing_starts_again(unlucky, teacher):
-    _, history = train(small(**{"train.ramp_epochs": 0}), "FD", teacher)
-    assert len(history) == 3 and "redraws" not in history[-1] and history[-1]["accuracy"] < 0.2
-
-
-@pytest.mark.parametrize("stop", [1, 2])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, teacher, monkeypatch, stop):
-    p = small()
-    undisturbed, history = train(p, "FD", teacher)
-    place, epoch = tmp_path / "progress.safetensors", training._epoch
-
-    def dying(*arguments):
-        if arguments[6] == stop:
-            raise KilledError
-        return epoch(*arguments)
-
-    monkeypatch.setattr(training, "_epoch", dying)
-    with pytest.raises(KilledError):
-        train(p, "FD", teacher, place)
-    monkeypatch.setattr(training, "_epoch", epoch)
-    resumed, resumed_history = train(p, "FD", teacher, place)
-    assert same(undisturbed, resumed)
-    assert history == resumed_history
+    _, history = train(small(**{"train.ramp_epochs": ramp}), "FD", teacher)
+    assert len(history) == 3 and history[-1]["accuracy"] < 0.2
+    assert history[-1].get("redraws") == (training.REDRAWS if ramp else None), "without a ramp nothing starts again"
 
 
 def test_the_rate_follows_one_cosine(teacher):
     p = small(**{"train.patience": 50})
     rates = [row["learning_rate"] for row in train(p, "SD", teacher, epochs=8)[1]]
     low, high = float(p.train.SD.learning_rate_min), float(p.train.SD.learning_rate)
-    expected = [low + (high - low) * (1 + torch.cos(torch.tensor(torch.pi * k / 8))) / 2 for k in range(8)]
-    assert rates == pytest.approx([float(value) for value in expected], rel=1e-5)
+    assert rates == pytest.approx([low + (high - low) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)])
 
 
 def test_eps_and_step_are_ramped_from_zero(monkeypatch):
-    p, seen = small(**{"train.ramp_epochs": 2}), []
-    real = training.ascend
+    p, seen, real = small(**{"train.ramp_epochs": 2}), [], training.ascend
 
     def spy(objective, x, eps, *, step_size, **rest):
-        seen.append((eps, step_size))
+        if len(x) != 100:  # those held out
+            seen.append((eps, step_size))
         return real(objective, x, eps, step_size=step_size, **rest)
 
     monkeypatch.setattr(training, "ascend", spy)
-    monkeypatch.setattr(training, "_robust_accuracy", lambda *arguments: 0.0)
     train(p)
     eps, step = float(p.train.attack.eps), float(p.train.attack.step_size)
     first, last = seen[: len(seen) * 2 // 3], seen[len(seen) * 2 // 3 :]
@@ -157,55 +151,36 @@ def test_eps_and_step_are_ramped_from_zero(monkeypatch):
     assert all(s == pytest.approx(e * step / eps) for e, s in seen)
 
 
-def test_early_stopping_keeps_the_best_epoch(teacher, monkeypatch):
-    """The held-out accuracy is dictated; training must stop `patience` epochs after its peak and return its weights."""
-    p = small(**{"train.patience": 2, "train.ramp_epochs": 1})
-    script = [0.9, 0.5, 0.8, 0.7, 0.8, 0.95]  # epoch 1 lies in the ramp and does not count; 3 is the best; stop after 5
-    snapshots, record = [], training._record
+@pytest.mark.parametrize(("stopping", "epochs", "best"), [("validation", 5, 3), ("none", 6, 6)])
+def test_early_stopping_keeps_the_best_epoch(teacher, monkeypatch, stopping, epochs, best):
+    """Held-out accuracies are dictated: training stops `patience` epochs after their peak, or at the end, if asked."""
+    p = small(**{"train.patience": 2, "train.ramp_epochs": 1, "train.early_stopping": stopping})
+    script = [0.9, 0.5, 0.8, 0.7, 0.8, 0.6]  # the first epoch lies in the ramp and does not count
+    snapshots, record, accuracy = [], training.Run.record, training.Run.accuracy
 
-    def dictated(state, network, held_out, *rest):
-        wanted = script[state.epoch]
-        labels = held_out.y.clone()
-        predicted = network(held_out.x).argmax(1)
-        right = int(round(wanted * len(labels)))
-        labels[:right], labels[right:] = predicted[:right], (predicted[right:] + 1) % 10
-        record(state, network, data.Split(held_out.x, labels, held_out.index), *rest)
-        snapshots.append({name: weight.clone() for name, weight in network.state_dict().items()})
+    def dictated(run, *arguments):
+        snapshots.append({name: weight.clone() for name, weight in run.network.state_dict().items()})
+        asked = iter([script[run.state.epoch]])
+        monkeypatch.setattr(training.Run, "accuracy", lambda *rest: next(asked, None) or accuracy(*rest))
+        record(run, *arguments)
 
-    monkeypatch.setattr(training, "_record", dictated)
-    best, history = train(p, "SD", teacher, epochs=6)
-    assert [row["accuracy"] for row in history] == pytest.approx(script[:5])
-    assert same(best, snapshots[2])
-
-
-def test_without_early_stopping_the_last_epoch_wins(teacher):
-    p = small(**{"train.early_stopping": "none", "train.patience": 1})
-    best, history = train(p, "SD", teacher, epochs=5)
-    network = models.build(p.models.student, (1, 8, 8), seed=0)
-    network.load_state_dict(best)
-    held_out = data.validation(p)
-    accuracy = float((network(held_out.x).argmax(1) == held_out.y).double().mean())
-    assert len(history) == 5 and history[-1]["accuracy"] == accuracy
+    monkeypatch.setattr(training.Run, "record", dictated)
+    found, history = train(p, "SD", teacher, epochs=6)
+    assert [row["accuracy"] for row in history] == script[:epochs]
+    assert same(found, snapshots[best - 1])
 
 
 def test_a_loss_of_ones_own(teacher):
     """Swapping in a loss takes a Method and nothing else."""
-    seen = []
+    p, seen = small(), []
 
     def squared(student, teacher, x, x_adv, y, alpha, temperature):
         seen.append((alpha, temperature, float((x_adv - x).abs().max())))
         return ((student(x_adv).softmax(1) - teacher(x_adv).softmax(1)) ** 2).sum(1).mean()
 
-    mine, p = Method(squared, losses.attack_difference, "squared differences"), small()
-    _, history = training.fit(
-        models.build(p.models.student, (1, 8, 8), seed=0),
-        teacher,
-        data.training(p),
-        data.validation(p),
-        p.train.FD,
-        p.train,
-        method=mine,
-    )
+    mine = Method(squared, losses.attack_difference, "squared differences")
+    student = models.build(p.models.student, (1, 8, 8), seed=0)
+    _, history = training.fit(student, teacher, data.training(p), data.validation(p), p.train.FD, p.train, method=mine)
     assert history[-1]["loss"] < history[0]["loss"]
     assert {s[:2] for s in seen} == {(p.train.FD.alpha, p.train.FD.temperature)}
     assert 0 < max(s[2] for s in seen) <= float(p.train.attack.eps) + 1e-6
@@ -218,14 +193,10 @@ def test_convolutions_are_attacked_on_blocks_and_end_where_they_would_without(me
     nets = [models.build(a, (3, 32, 32), seed=0).double() for a in (p.models.student, p.models.teacher)]
     torch.manual_seed(0)
     x, y = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.arange(6)
-    for net in nets:
-        blocks = models.to_blocks(x)
-        assert torch.equal(models.from_blocks(blocks), x)
-        torch.testing.assert_close(models.on_blocks(net, (3, 32, 32))(blocks), net(x), rtol=0, atol=1e-12)
     start = torch.rand(x.shape, dtype=torch.float64)
 
     def same_start(lower, upper, generator):
-        share = start if lower.shape == x.shape else models.to_blocks(start)
+        share = start if lower.shape == x.shape else blocks.to_blocks(start)
         return lower + share * (upper - lower)
 
     monkeypatch.setattr("faithkd.core.attacks.random_start", same_start)
@@ -235,17 +206,8 @@ def test_convolutions_are_attacked_on_blocks_and_end_where_they_would_without(me
         seen.append(tuple(z.shape[1:]))
         return attack(student, teacher, z, label)
 
-    arguments = (p.train.attack, 1.0, None, torch.Generator())
-    quick = training._maximise(*nets, x, y, attack, *arguments)
-    plain = training._maximise(*nets, x, y, watched, *arguments)
+    run = training.Run(*nets, losses.METHODS[method], getattr(p.train, method), p.train, None, 0)
+    quick, plain = (run.perturbed(x, y, each, run.generator) for each in (attack, watched))
     assert seen == [(3, 32, 32)], "an attack of one's own sees images as they are"
     torch.testing.assert_close(quick, plain, rtol=0, atol=1e-9)
     assert float((quick - x).abs().max()) <= float(p.train.attack.eps) + 1e-9
-
-
-def test_other_networks_are_attacked_as_they_are():
-    layers = [nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(3, 4, 3, stride=1), nn.Conv2d(3, 4, 2, stride=2)]
-    layers += [nn.Conv2d(3, 4, 3, stride=2, dilation=2), nn.Flatten()]
-    nets = [nn.Sequential(layer, nn.ReLU()) for layer in layers]
-    assert all(models.on_blocks(net, (3, 32, 32)) is None for net in [*nets, nn.Linear(3, 2), nn.Sequential()])
-    assert models.on_blocks(nn.Sequential(nn.Conv2d(3, 4, 3, stride=2)), (3, 31, 32)) is None
