@@ -1,21 +1,18 @@
 """The one projected gradient ascent: it stays in the ball, follows eq. (2) and finds maxima known in closed form."""
 
+import pytest
 import torch
 from torch import nn
 
 from faithkd import params
+from faithkd.blocks import fastest, on_blocks
 from faithkd.core import models
-from faithkd.core.attacks import ascend, ball, fastest, random_start, search
+from faithkd.core.attacks import ascend, ball, random_start, search
+from faithkd.errors import FaithkdError
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def test_the_ball_is_clipped():
-    lower, upper = ball(torch.tensor([0.05, 0.5, 0.95]), 0.1, (torch.tensor(0.0), torch.tensor(1.0)))
-    assert lower.tolist()[0] == 0.0 and upper.tolist()[2] == 1.0
-    assert lower[1] < 0.41 and upper[1] > 0.59
 
 
 def test_one_step_is_equation_2():
@@ -27,16 +24,20 @@ def test_one_step_is_equation_2():
     assert torch.equal(z, expected)
 
 
-def test_ascend_reaches_the_corner_of_a_linear_objective():
-    x, weight = torch.randn(6, 4, generator=generator()), torch.tensor([1.0, -2.0, 0.5, -0.1])
-    z = ascend(lambda z: z @ weight, x, 0.3, steps=20, step_size=0.1, generator=generator())
-    assert torch.allclose(z, x + 0.3 * weight.sign(), atol=1e-6)
+def test_ascend_reaches_the_corner_of_a_linear_objective_also_without_gradients_and_inside_clip():
+    x, weight = torch.rand(6, 4, generator=generator()), torch.tensor([1.0, -2.0, 0.5, -0.1])
+    options = {"steps": 20, "step_size": 0.1}
+    with torch.no_grad():
+        z = ascend(lambda z: z @ weight, x, 0.3, generator=generator(), **options)
+        best, _ = search(lambda z: 2 * (z @ weight,), x, 0.3, restarts=1, generator=generator(), **options)
+    assert torch.allclose(z, x + 0.3 * weight.sign(), atol=1e-6) and torch.allclose(z, best, atol=1e-6)
+    clipped = ascend(lambda z: z @ weight, x, 0.3, generator=generator(), clip=(0.0, 1.0), **options)
+    assert torch.allclose(clipped, z.clamp(0, 1), atol=1e-6)
 
 
 def test_search_returns_the_best_point_met_not_the_last():
     """With a step far too large the iterates jump about; the best one met is what counts."""
-    x = torch.full((1, 1), 0.9)
-    seen = []
+    x, seen = torch.full((1, 1), 0.9), []
 
     def objective(z):
         value = -((z - 0.2) ** 2).sum(1)
@@ -50,8 +51,7 @@ def test_search_returns_the_best_point_met_not_the_last():
 
 
 def test_search_judges_by_the_score_and_climbs_the_loss():
-    x = torch.zeros(1, 2)
-    wanted = torch.tensor([[0.5, 0.0]])
+    x, wanted = torch.zeros(1, 2), torch.tensor([[0.5, 0.0]])
 
     def objective(z):
         return z[:, 1], -(z - wanted).abs().amax(1)  # climbs the second coordinate, scores nearness to `wanted`
@@ -62,33 +62,38 @@ def test_search_judges_by_the_score_and_climbs_the_loss():
 
 def test_the_image_itself_competes():
     """Where every move makes it worse the answer is the image, exactly."""
-    x = torch.full((2, 3), 0.3)
-    point, score = search(
-        lambda z: 2 * (-((z - x).abs().sum(1)),), x, 0.1, steps=4, step_size=0.05, restarts=2, generator=generator()
-    )
+    x, options = torch.full((2, 3), 0.3), {"steps": 4, "step_size": 0.05, "restarts": 2}
+    point, score = search(lambda z: 2 * (-((z - x).abs().sum(1)),), x, 0.1, generator=generator(), **options)
     assert torch.equal(point, x) and score.tolist() == [0, 0]
 
 
 def test_every_candidate_stays_in_the_ball_and_the_seed_repeats():
-    x, eps = torch.randn(20, 5, generator=generator(1)), 0.07
-    outside = []
+    x, eps, outside = torch.randn(20, 5, generator=generator(1)), 0.07, []
 
     def objective(z):
         outside.append(((z.detach().double() - x.double()).abs() - eps).max().item())
-        value = (z**3).sum(1)
-        return value, value
+        return 2 * ((z**3).sum(1),)
 
-    runs = [search(objective, x, eps, steps=6, step_size=0.05, restarts=2, generator=generator(5)) for _ in range(2)]
+    options = {"steps": 6, "step_size": 0.05, "restarts": 2}
+    runs = [search(objective, x, eps, generator=generator(seed), **options)[0] for seed in (5, 5, 6)]
     assert max(outside) <= 0
-    assert torch.equal(runs[0][0], runs[1][0])
-    other = search(objective, x, eps, steps=1, step_size=0.001, restarts=1, generator=generator(6))
-    assert not torch.equal(runs[0][0], other[0])
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
-def test_clip_keeps_inputs_valid():
-    x, clip = torch.rand(10, 4, generator=generator()), (torch.tensor(0.0), torch.tensor(1.0))
-    z = ascend(lambda z: z.sum(1), x, 0.9, steps=5, step_size=0.3, generator=generator(), clip=clip)
-    assert float(z.max()) <= 1 and float(z.min()) >= 0
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eps": -1}, "eps"),
+        ({"steps": 1.5}, "steps"),
+        ({"step_size": float("nan")}, "step_size"),
+        ({"x": torch.ones(3)}, "batch"),
+    ],
+)
+def test_bad_input_is_told(change, message):
+    options = {"x": torch.ones(2, 3), "eps": 0.1, "steps": 2, "step_size": 0.1, "generator": generator()} | change
+    for function, more in ((ascend, {}), (search, {"restarts": 1})):
+        with pytest.raises(FaithkdError, match=message):
+            function(lambda z: z.sum(1), **options, **more)
 
 
 def test_convolutions_are_climbed_on_blocks_and_the_ball_stays_the_same():
@@ -106,10 +111,9 @@ def test_convolutions_are_climbed_on_blocks_and_the_ball_stays_the_same():
     assert fastest((nets[0], other), x, clip)[:3] == ((nets[0], other), x, clip), "all or none"
 
 
-def test_attacks_work_where_gradients_are_switched_off():
-    with torch.no_grad():
-        point, _ = search(
-            lambda z: 2 * (z.sum(1),), torch.zeros(1, 2), 0.5, steps=9, step_size=0.2, restarts=1, generator=generator()
-        )
-        z = ascend(lambda z: z.sum(1), torch.zeros(1, 2), 0.5, steps=9, step_size=0.2, generator=generator())
-    assert point.tolist() == z.tolist() == [[0.5, 0.5]]
+@pytest.mark.parametrize("other", [{"padding": 1}, {"stride": 1}, {"kernel_size": 2}, {"dilation": 2}])
+def test_other_networks_are_climbed_as_they_are(other):
+    form = {"kernel_size": 3, "stride": 2}
+    assert on_blocks(nn.Sequential(nn.Conv2d(3, 4, **form | other)), (3, 32, 32)) is None
+    assert on_blocks(nn.Sequential(nn.Conv2d(3, 4, **form)), (3, 31, 32)) is None
+    assert on_blocks(nn.Linear(3, 2), (3, 32, 32)) is None and on_blocks(nn.Sequential(), (3, 32, 32)) is None

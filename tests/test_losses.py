@@ -79,8 +79,7 @@ def test_kl_is_teacher_from_student_and_summed_over_classes_averaged_over_images
     teacher = torch.tensor([logit(0.25, 0.25, 0.5), logit(0.2, 0.2, 0.6)])
     by_hand = [kl_by_hand([0.25, 0.25, 0.5], [0.5, 0.25, 0.25]), kl_by_hand([0.2, 0.2, 0.6], [0.2, 0.4, 0.4])]
     assert losses.kl(student, teacher).tolist() == pytest.approx(by_hand, rel=1e-5)
-    other = losses.kl(teacher, student)
-    assert not torch.allclose(other, losses.kl(student, teacher)), "the direction matters in this case"
+    assert losses.reverse_kl(teacher, student).tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_the_other_direction_is_student_from_teacher_in_loss_and_attack():
@@ -117,9 +116,8 @@ def random_pair(seed=0):
 
 def test_at_eps_zero_fd_and_ard_are_sd():
     student, teacher, x, y = random_pair()
-    values = {n: METHODS[n].loss(student, teacher, x, x, y, 0.5, 2.0).item() for n in ("SD", "ARD", "FD")}
-    assert values["ARD"] == pytest.approx(values["SD"], rel=1e-12)
-    assert values["FD"] == pytest.approx(values["SD"], rel=1e-12)
+    values = [METHODS[name].loss(student, teacher, x, x, y, 0.5, 2.0).item() for name in ("SD", "ARD", "FD")]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-12)
 
 
 def test_a_constant_teacher_makes_fd_rslad_and_ard_one():
@@ -133,26 +131,13 @@ def test_a_constant_teacher_makes_fd_rslad_and_ard_one():
     assert torch.allclose(*objectives, rtol=1e-12)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.0, 8.0])
+@pytest.mark.parametrize("temperature", [3.0, 8.0])
 def test_t_squared_keeps_the_gradient_at_one_scale(temperature):
     """Hinton et al.: gradients of the soft term fall like 1/T², so T² KL keeps its weight as T changes."""
-    student, teacher, x, y = random_pair()
-    small = nn.Sequential(student, Scale(0.01))  # small logits: the limit in which the statement is exact
-    small_teacher = nn.Sequential(teacher, Scale(0.01))
+    small, small_teacher = (0.01 * logits for logits in torch.randn(2, 5, 3).double())  # in whose limit it is exact
     gradients = []
     for t in (1.0, temperature):
-        student.zero_grad()
-        losses.sd(small, small_teacher, x, x, y, 1.0, t).backward()
-        gradients.append(student[2].weight.grad.norm().item())
+        z = small.clone().requires_grad_(True)
+        losses.sd(lambda _, z=z: z, lambda _: small_teacher, None, None, torch.zeros(5).long(), 1.0, t).backward()
+        gradients.append(z.grad.norm().item())
     assert gradients[1] == pytest.approx(gradients[0], rel=0.02)
-
-
-class Scale(nn.Module):
-    """Multiplies by a constant."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x):
-        return self.factor * x

@@ -108,7 +108,7 @@ class Run:
     def __post_init__(self):
         self.state = State()
         self.generator = torch.Generator().manual_seed(self.seed)
-        options = {"momentum": self.schedule.momentum, "weight_decay": float(self.settings.weight_decay)}
+        options = {"momentum": float(self.schedule.momentum), "weight_decay": float(self.settings.weight_decay)}
         self.optimizer = torch.optim.SGD(self.network.parameters(), **options)
 
     def over(self) -> bool:
