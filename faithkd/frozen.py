@@ -95,4 +95,6 @@ def _copy(network: nn.Module, name: str) -> nn.Module:
         ) from problem
     with suppress(NotImplementedError):  # of an exported graph, which has the mode it was exported in
         copy.eval()
-    return copy.requires_grad_(False)
+    for weight in copy.parameters():  # scripted networks cannot do this as a whole
+        weight.requires_grad_(False)
+    return copy

@@ -42,30 +42,23 @@ def random_pair(seed, classes=5, shape=(1, 4, 4)):
 
 def test_robust_accuracy_is_the_distance_to_the_border():
     x, y = torch.tensor([[0.05, 0.0], [0.25, 0.0], [-0.4, 0.0], [0.4, 0.0]]), torch.tensor([0, 0, 1, 1])
-    holds = {eps: evaluation.robust(TEACHER, x, y, eps).holds.tolist() for eps in (0.0, 0.1, 0.3, 0.5)}
-    assert holds[0.0] == [True, True, True, False]  # the last is misclassified already
-    assert holds[0.1] == [False, True, True, False]
-    assert holds[0.3] == [False, False, True, False]
-    assert holds[0.5] == [False, False, False, False]
+    wanted = {0.0: [True, True, True, False], 0.1: [False, True, True, False], 0.3: [False, False, True, False]}
+    for eps, holds in wanted.items():  # the last is misclassified already
+        found = evaluation.robust(TEACHER, x, y, eps)
+        assert found.holds.tolist() == holds
+        assert ((evaluation.predictions(TEACHER, found.witnesses) == y) == found.holds).all()
+        assert ((found.witnesses - x).abs() <= eps + 1e-7).all()
 
 
 def test_agreement_is_lost_where_the_ball_meets_the_strip_between_the_borders():
     """They differ exactly for 0 < x₁ < 0.3 (up to the border itself)."""
     x = torch.tensor([[-0.2, 0.0], [0.15, 0.0], [0.45, 0.0], [0.8, 0.0]])
-    holds = {eps: evaluation.agreement(TEACHER, STUDENT, x, eps).holds.tolist() for eps in (0.0, 0.1, 0.25)}
-    assert holds[0.0] == [True, False, True, True]  # Def. 3: no agreement at the image itself counts as none
-    assert holds[0.1] == [True, False, True, True]
-    assert holds[0.25] == [False, False, False, True]
-
-
-def test_witnesses_show_what_they_claim():
-    x, y = torch.tensor([[0.05, 0.0], [0.6, 0.0]]), torch.tensor([0, 0])
-    attack = evaluation.robust(TEACHER, x, y, 0.2)
-    assert ((attack.witnesses - x).abs() <= 0.2 + 1e-7).all()
-    assert evaluation.predictions(TEACHER, attack.witnesses).tolist() == [1, 0]
-    found = evaluation.agreement(TEACHER, STUDENT, torch.tensor([[-0.1, 0.3]]), 0.2)
-    classes = [int(evaluation.predictions(net, found.witnesses)) for net in (TEACHER, STUDENT)]
-    assert classes[0] != classes[1]
+    # Def. 3: no agreement at the image itself counts as none
+    wanted = {0.0: [True, False, True, True], 0.1: [True, False, True, True], 0.25: [False, False, False, True]}
+    for eps, holds in wanted.items():
+        found = evaluation.agreement(TEACHER, STUDENT, x, eps)
+        classes = [evaluation.predictions(network, found.witnesses) for network in (TEACHER, STUDENT)]
+        assert found.holds.tolist() == holds == (classes[0] == classes[1]).tolist()
 
 
 def test_emp_lb_finds_a_maximum_known_in_closed_form():
@@ -164,7 +157,7 @@ def test_auto_attack_repeats_and_leaves_others_alone():
 
 def test_the_tables_of_both_stronger_searches():
     few = {"data.test_images": 4, "evaluate.autoattack.images": 4, "evaluate.strong.images": 4, "evaluate.steps": 3}
-    p = params.load("digits", few | {"evaluate.strong.restarts": 1, "evaluate.eps": [0.1, 0.2]})
+    p = params.load("digits", few | {"evaluate.strong.restarts": 1, "evaluate.eps": [0.1]})
     attacked, wider = experiment.auto_attack(p), experiment.strong(p)
     assert (attacked["both"] == attacked["PGD"] & attacked["AutoAttack"]).all()
     assert attacked.groupby("method").size().to_dict() == dict.fromkeys(("RT", *STUDENTS), 4)
@@ -173,7 +166,4 @@ def test_the_tables_of_both_stronger_searches():
     assert table.loc["FD", "missed"] == (fd["PGD"] & ~fd["AutoAttack"]).sum()
     assert (wider["EmpLB"] <= wider["StrongLB"]).all() and (wider["StrongLB"] <= wider["FaithUB"] + 1e-12).all()
     gains = tables.strong(wider)
-    assert len(gains) == 2 * len(STUDENTS) and (gains["mean"] <= gains["largest"] + 1e-12).all()
-    for name, frame in (("autoattack", tables.auto_attack(attacked)), ("strong", gains)):
-        cells, best = tables.layout(frame, name)
-        assert cells.shape == best.shape and cells.map(lambda text: isinstance(text, str)).all(axis=None)
+    assert len(gains) == len(STUDENTS) and (gains["mean"] <= gains["largest"] + 1e-12).all()

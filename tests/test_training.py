@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from faithkd import blocks, params
+from faithkd import params
 from faithkd.core import data, losses, models, training
 from faithkd.core.losses import Method
 
@@ -52,11 +52,6 @@ def test_every_method_learns_and_leaves_its_teacher_alone(method, teacher):
     assert same(before, teacher.state_dict()) and next(teacher.parameters()).requires_grad
 
 
-def test_the_seed_decides(teacher):
-    runs = [train(small(seed=s), "FD", teacher)[0] for s in (0, 0, 1)]
-    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
-
-
 class KilledError(Exception):
     pass
 
@@ -79,6 +74,7 @@ def killed_in(number):
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, teacher, stop):
     place, undisturbed = tmp_path / "checkpoint", train(small(), "FD", teacher)
+    assert not same(undisturbed[0], train(small(seed=1), "FD", teacher)[0]), "the seed decides"
     with killed_in(stop):
         train(small(), "FD", teacher, place)
     resumed = train(small(), "FD", teacher, place)
@@ -186,27 +182,20 @@ def test_a_loss_of_ones_own(teacher):
     assert 0 < max(s[2] for s in seen) <= float(p.train.attack.eps) + 1e-6
 
 
-@pytest.mark.parametrize("method", ["ARD", "RSLAD", "FD"])
-def test_convolutions_are_attacked_on_blocks_and_end_where_they_would_without(method, monkeypatch):
+def test_convolutions_are_attacked_on_blocks_and_end_where_they_would_without(monkeypatch):
     """The quick form of Table 4's first layer: the same function, so the same ascent, but for the last digits."""
     p = params.load("cifar10")
     nets = [models.build(a, (3, 32, 32), seed=0).double() for a in (p.models.student, p.models.teacher)]
-    torch.manual_seed(0)
     x, y = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.arange(6)
-    start = torch.rand(x.shape, dtype=torch.float64)
-
-    def same_start(lower, upper, generator):
-        share = start if lower.shape == x.shape else blocks.to_blocks(start)
-        return lower + share * (upper - lower)
-
-    monkeypatch.setattr("faithkd.core.attacks.random_start", same_start)
-    attack, seen = losses.METHODS[method].attack, []
+    middle = lambda lower, upper, generator: (lower + upper) / 2 + 1e-3  # noqa: E731
+    monkeypatch.setattr("faithkd.core.attacks.random_start", middle)  # as numbers are drawn in another order
+    attack, seen = losses.attack_difference, []
 
     def watched(student, teacher, z, label):
         seen.append(tuple(z.shape[1:]))
         return attack(student, teacher, z, label)
 
-    run = training.Run(*nets, losses.METHODS[method], getattr(p.train, method), p.train, None, 0)
+    run = training.Run(*nets, losses.METHODS["FD"], p.train.FD, p.train, None, 0)
     quick, plain = (run.perturbed(x, y, each, run.generator) for each in (attack, watched))
     assert seen == [(3, 32, 32)], "an attack of one's own sees images as they are"
     torch.testing.assert_close(quick, plain, rtol=0, atol=1e-9)

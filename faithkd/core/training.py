@@ -204,12 +204,13 @@ class Run:
 
     def resume(self, checkpoint: Path) -> None:
         """Go to where the checkpoint was written; nowhere if it is damaged."""
+        file = io.BytesIO(checkpoint.read_bytes())
         try:
-            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
             state, generator, optimizer = State(**content["state"]), content["generator"], content["optimizer"]
             self.network.load_state_dict(content["network"])
         except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            warnings.warn(f"{checkpoint} is damaged ({error}); the training starts anew", stacklevel=3)
+            warnings.warn(f"{checkpoint} is damaged ({type(error).__name__}); the training starts anew", stacklevel=3)
             checkpoint.unlink()
             return
         self.optimizer.load_state_dict(optimizer)
