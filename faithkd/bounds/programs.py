@@ -24,6 +24,7 @@ from faithkd.errors import FaithkdError
 TOLERANCE = 1e-9  # the solvers' tightest feasibility and optimality tolerance
 OPTIONS = {  # each LP begins where the last one ended, so that presolve is no help
     "HIGHS": {
+        "simplex_strategy": 4,  # primal: the last vertex still satisfies all rows
         "output_flag": False,
         "parallel": "off",
         "presolve": "off",
@@ -158,11 +159,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a solver says: the image of its best point `(inputs,)`, and tables by node.
-
-    `multipliers` of y >= piece; `over`, how far y is above each piece; and `upper` `(outputs,)`, multipliers of the line
-    above.
-    """
+    """What a solver says: the image of its best point `(inputs,)`, and by node the tables `multipliers`, of y >= piece,
+    and `over`, how far y is above each piece, and `upper` `(outputs,)`, the multipliers of the lines above."""
 
     image: np.ndarray
     multipliers: dict[int, np.ndarray]
