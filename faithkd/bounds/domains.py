@@ -198,8 +198,6 @@ class Place:
 def loosest(
     roots: tuple[Root, ...], lines: list[list[Lines]], rows: list[Tensor], duals: list[Dual], box: Box
 ) -> Place:
-    roots: tuple[Root, ...], lines: list[list[Lines]], rows: list[Tensor], duals: list[Dual], box: Box
-) -> Place:
     """Where to split, by rows `(B, C)` on the logits of each network, whose sum counts: at its worst point in the box.
 
     A unit's score is what its line loses there, and its whole triangle besides.
