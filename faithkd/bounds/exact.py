@@ -5,10 +5,10 @@ inputs of a max-pool's window), the ball is cut into *parts*, in each of which y
 only steers: what counts is `linear.pull` with its multipliers, which is valid whatever they are.
 """
 
+import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,18 +37,19 @@ class Image:
     solver: str
 
 
-def opener(network: Network, name: str) -> Callable[[list[Box]], Image | None]:
-    """A function from an image's boxes to its LP, compiled once for the solver `name`; None if a box is not finite."""
+@functools.lru_cache(maxsize=8)
+def compiled(network: Network, name: str) -> tuple[programs.Program, str]:
+    """A network's LP, for all its images, and cvxpy's name of the solver `name`."""
     program = programs.build(network)
-    solver = programs.choose(name, program)
+    return program, programs.choose(name, program)
 
-    def open_image(bounds: list[Box]) -> Image | None:
-        if not all(bool(torch.isfinite(end).all()) for box in bounds for end in box):
-            return None
-        lines = [node.operator.relax(*(bounds[place] for place in node.inputs)) for node in network.nodes]
-        return Image(network, bounds[0], lines, program, solver)
 
-    return open_image
+def opened(network: Network, bounds: list[Box], name: str) -> Image | None:
+    """An image's LP from its boxes of every place, for the solver `name`; None if a box is not finite."""
+    if not all(bool(torch.isfinite(end).all()) for box in bounds for end in box):
+        return None
+    lines = [node.operator.relax(*(bounds[place] for place in node.inputs)) for node in network.nodes]
+    return Image(network, bounds[0], lines, *compiled(network, name))
 
 
 def lowered(images: list[Image], highest: list[Tensor], nodes: int) -> tuple[list[Tensor], str]:
