@@ -33,6 +33,14 @@ def convolutional(seed=0, factor=1.5):
     return scaled(teacher, factor), scaled(student, factor)
 
 
+def pooled(seed=0):
+    """A convolution, max-pooling with padding and one more convolution; three classes, images of any size."""
+    torch.manual_seed(seed)
+    body = [nn.Conv2d(1, 2, 2, padding=1), nn.ReLU(), nn.MaxPool2d(2, stride=1, padding=1)]
+    head = [nn.Conv2d(2, 2, 2, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)]
+    return nn.Sequential(*body, *head).double()
+
+
 def case(kind, seed=0):
     """Teacher, student, two images and a radius at which the bounds are neither exact nor trivial."""
     if kind == "convolutional":

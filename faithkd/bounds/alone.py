@@ -24,14 +24,13 @@ from faithkd.bounds.domains import (
     full,
     halve,
     lines_of,
-    loose_units,
-    loosest_place,
+    loosest,
     rank_in,
     rebox,
     whole,
     with_inputs,
 )
-from faithkd.bounds.linear import backward, pull
+from faithkd.bounds.linear import Dual, backward
 from faithkd.bounds.operators import Box
 
 NEARLY = 0.9  # a bound above this share of eq. (11) gains nothing yet from the shared input
@@ -133,7 +132,7 @@ def grow(root: Root, tree: Tree, busy: Tensor, upper: Tensor, label: Tensor) -> 
     parents = tree[chosen]
     if not chosen.any():
         return tree, image[chosen]
-    splits, found = loosest(root, parents, upper[image[chosen]], label[image[chosen]])
+    splits, found = where_to_split(root, parents, upper[image[chosen]], label[image[chosen]])
     chosen[chosen.clone()] = found
     if (splits.network[found] == BOTH).any():
         tree, parents = (replace(part, domains=with_inputs(root, part.domains)) for part in (tree, parents))
@@ -163,7 +162,7 @@ def differences_of(root: Root, tree: Tree, label: Tensor) -> Tensor:
     return highest
 
 
-def loosest(root: Root, tree: Tree, upper: Tensor, label: Tensor) -> tuple[Splits, Tensor]:
+def where_to_split(root: Root, tree: Tree, upper: Tensor, label: Tensor) -> tuple[Splits, Tensor]:
     """Where to split each domain, and whether anything is left to split there, `(D,)`.
 
     Judged on one row for m of class `label`: the differences weighted by what each contributes to the range's end.
@@ -173,10 +172,6 @@ def loosest(root: Root, tree: Tree, upper: Tensor, label: Tensor) -> tuple[Split
     up, down = tree.highest[here, label], tree.highest[here, :, label]
     low_weights, high_weights = (part.masked_fill(own.bool(), -math.inf).softmax(1) for part in (up, -down))
     row = torch.where(upper[:, None], own - high_weights, low_weights - own)
-    trace, lines = {}, lines_of(root, tree.domains)
-    form, _ = pull(root.network, lines, row.unsqueeze(1), trace=trace)
-    form, (low, high) = form[:, 0], ball_of(root, tree.domains)
-    _, scores, _ = loose_units(root, lines, {}, trace, torch.where(form > 0, high, low))
-    scores = {(root.q, k): score for k, score in scores.items()}
-    splits, settled, moves = loosest_place(scores, [form], (low, high))
-    return splits, ~settled | moves
+    domains = tree.domains
+    place = loosest((root,), [lines_of(root, domains)], [row], [Dual()], ball_of(root, domains))
+    return place.splits, ~place.settled | place.moves

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds.graph import Network
-from faithkd.bounds.linear import STEPS, Slopes, crown, difference_pairs, refine, row_differences
+from faithkd.bounds.linear import STEPS, Dual, Slopes, crown, difference_pairs, pull, refine, row_differences
 from faithkd.bounds.operators import Box, Lines
 
 LATER = 2.0  # a split one ReLU layer further from the logits counts that much more: it tightens all layers behind
@@ -169,24 +169,6 @@ def with_inputs(root: Root, domains: Domain) -> Domain:
     return replace(domains, input=ball_of(root, domains))
 
 
-def loosest_place(
-    scores: dict[tuple[int, int], Tensor], forms: list[Tensor], box: Box
-) -> tuple[Splits, Tensor, Tensor]:
-    """Where to split: at the unit of the largest score `(B, units)`, by network and node; where all units are settled,
-    at the input along which forms `(B, *image)` change most in their box. Also who is settled, and whether any input
-    changes them at all, two `(B,)`.
-    """
-    change = sum(form.abs() for form in forms) * (box[1] - box[0])
-    most, coordinate = change.flatten(1).max(1)
-    # an entry of score 0 first: for networks without any ReLU
-    names = [(BOTH, 0, 0)] + [(*place, unit) for place, part in scores.items() for unit in range(part.shape[1])]
-    best, which = torch.cat([most.new_zeros(len(most), 1), *scores.values()], 1).max(1)
-    network, node, unit = torch.tensor(names)[which].unbind(1)
-    settled = ~(best > 0)
-    unit = torch.where(settled, coordinate, unit)
-    return Splits(network.masked_fill(settled, BOTH), node.masked_fill(settled, 0), unit), settled, most > 0
-
-
 def rank_in(group: Tensor, value: Tensor) -> Tensor:
     """Place of each value among those of its group, 0 for the largest."""
     order = value.argsort(descending=True, stable=True)
@@ -198,27 +180,62 @@ def rank_in(group: Tensor, value: Tensor) -> Tensor:
     return rank
 
 
-def loose_units(
-    root: Root, lines: list[Lines], slopes: Slopes, trace: Slopes, x: Tensor
-) -> tuple[Slopes, Slopes, Tensor]:
-    """By ReLU node: how much each unit's lines lose at x, and its score, `(B, units)`; and the lines' logits at x."""
-    gaps, scores, found, splits = {}, {}, [x], root.network.splits
-    for k, node in enumerate(root.network.nodes):
-        z = [found[place] for place in node.inputs]
-        if k not in trace:
-            found.append(node.operator(*z))
-            continue
-        (z,), line, row = z, lines[k], trace[k][:, 0]
-        below = line.below if k not in slopes else node.operator.allowed(slopes[k], line)
-        y = torch.where(row > 0, line.above[:, 0] * z + line.high[:, 0], below[:, 0] * z)
-        free = line.free[:, 0]
-        gap = (row * (y - node.operator(z))).clamp(min=0) * free
-        spread = torch.where(row > 0, row * line.high[:, 0], 0.0) * free
-        gaps[k] = gap.flatten(1)
-        weight = LATER ** (len(splits) - splits.index(k))
-        scores[k] = torch.where(free, weight * (gap + SPREAD * spread + 1e-12), 0.0).flatten(1)
-        found.append(y)
-    return gaps, scores, found[-1]
+@dataclass(frozen=True)
+class Place:
+    """Where domains are loosest: `splits` says at which unit or, where all ReLUs are `settled`, at which input.
+
+    `moves`: whether any input changes the row; `loss`: what all lines lose at the row's worst point; `logits`: theirs,
+    of each network, there. All `(B, ...)`.
+    """
+
+    splits: Splits
+    settled: Tensor
+    moves: Tensor
+    loss: Tensor
+    logits: list[Tensor]
+
+
+def loosest(
+    roots: tuple[Root, ...], lines: list[list[Lines]], rows: list[Tensor], duals: list[Dual], box: Box
+) -> Place:
+    """Where to split, by rows `(B, C)` on the logits of each network, whose sum counts: at its worst point in the box.
+
+    A unit's score is what its line loses there, and its whole triangle besides.
+    """
+    forms, traces, logits = [], [{} for _ in roots], []
+    for root, line, row, dual, trace in zip(roots, lines, rows, duals, traces, strict=True):
+        forms.append(pull(root.network, line, row.unsqueeze(1), dual=dual, trace=trace)[0][:, 0])
+    x = torch.where(sum(forms) > 0, box[1], box[0])
+    # an entry of score 0 first: for networks without any ReLU
+    loss = x.new_zeros(len(x))
+    names, scores = [(BOTH, 0, 0)], [x.new_zeros(len(x), 1)]
+    for root, line, dual, trace in zip(roots, lines, duals, traces, strict=True):
+        found, splits = [x], root.network.splits
+        for k, node in enumerate(root.network.nodes):
+            z = [found[place] for place in node.inputs]
+            if k not in trace:
+                found.append(node.operator(*z))
+                continue
+            (z,), line_k, row = z, line[k], trace[k][:, 0]
+            free = line_k.free[:, 0]
+            below = line_k.below if k not in dual.slopes else node.operator.allowed(dual.slopes[k], line_k)
+            y = torch.where(row > 0, line_k.above[:, 0] * z + line_k.high[:, 0], below[:, 0] * z)
+            gap = (row * (y - node.operator(z))).clamp(min=0) * free
+            spread = torch.where(row > 0, row * line_k.high[:, 0], 0.0) * free
+            weight = LATER ** (len(splits) - splits.index(k))
+            score = torch.where(free, weight * (gap + SPREAD * spread + 1e-12), 0.0).flatten(1)
+            loss = loss + gap.flatten(1).sum(1)
+            names += [(root.q, k, unit) for unit in range(score.shape[1])]
+            scores.append(score)
+            found.append(y)
+        logits.append(found[-1])
+    best, which = torch.cat(scores, 1).max(1)
+    network, node, unit = torch.tensor(names)[which].unbind(1)
+    most, coordinate = (sum(form.abs() for form in forms) * (box[1] - box[0])).flatten(1).max(1)
+    settled = ~(best > 0)
+    unit = torch.where(settled, coordinate, unit)
+    splits = Splits(network.masked_fill(settled, BOTH), node.masked_fill(settled, 0), unit)
+    return Place(splits, settled, most > 0, loss, logits)
 
 
 def halve(domains: Domain, splits: Splits) -> Domain:

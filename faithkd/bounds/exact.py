@@ -1,71 +1,55 @@
 """LP and MILP values of logit differences, eqs (8) and (9), each proved by our own backward pass.
 
 The MILP is solved by branch and bound over the LP: where the LP's best point has y above both pieces of a ReLU (or all
-inputs of a max-pool's window), the ball is cut into *parts*, in each of which y equals one of them. A part is a list of
-such decisions. The LP of a part only steers: what is certified is the largest bound of all leaves, each evaluated by
-`linear.pull` with the multipliers that the LP ended with, which are valid whatever they are. A part that is said to be
-empty is dropped only where its multipliers prove it.
+inputs of a max-pool's window), the ball is cut into *parts*, in each of which y equals one of them. The LP of a part
+only steers: what counts is `linear.pull` with its multipliers, which is valid whatever they are.
 """
 
+import functools
 import heapq
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from faithkd.bounds import programs, solvers
+from faithkd.bounds import programs
 from faithkd.bounds.graph import Network
-from faithkd.bounds.linear import BUDGET, Dual, over_ball, pull, widest
+from faithkd.bounds.linear import Dual, over_ball, pull
 from faithkd.bounds.operators import Box, Lines
 from faithkd.bounds.softmax import class_bounds, softmax_interval
 
 TOLERANCE = 1e-6  # a part this close to a value that is attained needs no cut: it moves a confidence by < 2.5e-7
 SMALL = 1e-3  # so that a gap counts also where the LP gains nothing from it
-Decisions = tuple[tuple[int, int, int], ...]  # output `unit` of node k equals its lower piece: (k, unit, piece)
+Decisions = tuple[tuple[int, int, int], ...]  # output `unit` of node k equals one of its pieces: (k, unit, piece)
 
 
 @dataclass(frozen=True)
 class Image:
-    """One network on one ball: certified boxes and lines, and the LP on them."""
+    """One network on one ball: certified lines, and the LP on them."""
 
     network: Network
-    bounds: list[Box]
+    ball: Box
     lines: list[Lines]
-    form: programs.Canonical
-    solve: solvers.Solve
+    program: programs.Program
+    solver: str
 
 
-@dataclass(frozen=True, order=True)
-class Part:
-    """A part of the ball, in the order in which to cut: largest LP value first. `ray` if it is said to be empty."""
-
-    negative: float
-    number: int
-    decisions: Decisions
-    multipliers: np.ndarray
-    ray: np.ndarray | None = None
-    cut: tuple[int, int] | None = None  # node and unit to decide next
+@functools.lru_cache(maxsize=8)
+def compiled(network: Network, name: str) -> tuple[programs.Program, str]:
+    """A network's LP, for all its images, and cvxpy's name of the solver `name`."""
+    program = programs.build(network)
+    return program, programs.choose(name, program)
 
 
-def opener(network: Network, name: str) -> Callable[[list[Box]], Image | None]:
-    """A function from an image's boxes to its LP, compiled once for the solver `name`; None if a box is not finite."""
-    program = programs.build(network, integer=False)
-    rows = sum(constraint.size for constraint in program.problem.constraints)
-    variables = sum(variable.size for variable in program.problem.variables())
-    chosen, start = solvers.choose(name, rows, variables)
-
-    def open_image(bounds: list[Box]) -> Image | None:
-        if not all(bool(torch.isfinite(end).all()) for box in bounds for end in box):
-            return None
-        programs.set_image(program, bounds)
-        form = programs.canonical(program, chosen)
-        lines = [node.operator.relax(*(bounds[place] for place in node.inputs)) for node in network.nodes]
-        return Image(network, bounds, lines, form, start(form))
-
-    return open_image
+def opened(network: Network, bounds: list[Box], name: str) -> Image | None:
+    """An image's LP from its boxes of every place, for the solver `name`; None if a box is not finite."""
+    if not all(bool(torch.isfinite(end).all()) for box in bounds for end in box):
+        return None
+    lines = [node.operator.relax(*(bounds[place] for place in node.inputs)) for node in network.nodes]
+    return Image(network, bounds[0], lines, *compiled(network, name))
 
 
 def lowered(images: list[Image], highest: list[Tensor], nodes: int) -> tuple[list[Tensor], str]:
@@ -80,7 +64,7 @@ def lowered(images: list[Image], highest: list[Tensor], nodes: int) -> tuple[lis
     highest = [part.clone() for part in highest]
     gaps = [torch.full_like(part, math.nan) for part in highest]
     if len(images) == 1:
-        maxima(images[0], highest[0], gaps[0], torch.ones(classes, classes, dtype=torch.bool), nodes)
+        lower_some(images[0], highest[0], gaps[0], torch.ones(classes, classes, dtype=torch.bool), nodes)
         return highest, note(gaps[0], nodes)
     done = torch.zeros(2 * classes, dtype=torch.bool)
     while not done[place := int(class_bounds(*map(softmax_interval, highest)).flatten().argmax())]:
@@ -90,7 +74,7 @@ def lowered(images: list[Image], highest: list[Tensor], nodes: int) -> tuple[lis
             wanted = torch.zeros(classes, classes, dtype=torch.bool)
             # the upper end of class i stands on all z_i - z_j, the lower end on all z_j - z_i
             wanted[(slice(None), label) if q == order else label] = True
-            maxima(image, highest[q], gaps[q], wanted & gaps[q].isnan(), nodes)
+            lower_some(image, highest[q], gaps[q], wanted & gaps[q].isnan(), nodes)
     return highest, note(torch.stack(gaps), nodes)
 
 
@@ -109,123 +93,73 @@ def note(gaps: Tensor, nodes: int) -> str:
     return ", ".join(said)
 
 
-def maxima(image: Image, highest: Tensor, gaps: Tensor, wanted: Tensor, nodes: int) -> None:
+def lower_some(image: Image, highest: Tensor, gaps: Tensor, wanted: Tensor, nodes: int) -> None:
     """Lower the `wanted` entries of `highest` `(C, C)` by trees of `nodes` LPs each, in place.
 
     `gaps` becomes the distance to a value that is attained, +inf if there was nothing to be had from the solver.
     """
-    pairs = (wanted & ~torch.eye(len(wanted), dtype=torch.bool)).nonzero()
     unit = torch.eye(len(wanted), dtype=torch.float64)
-    rows = unit[pairs[:, 1]] - unit[pairs[:, 0]]
-    middle = image.network(torch.cat(image.bounds[0]).mean(0, keepdim=True))[0]
-    leaves, owners, attained = [], [], rows @ middle
-    for r, row in enumerate(rows):
-        if highest[*pairs[r]] - attained[r] > TOLERANCE:
-            found, best = tree(image, row, nodes)
-            leaves, owners = leaves + found, owners + [r] * len(found)
-            attained[r] = max(attained[r].item(), best)
-    if leaves:
-        values = certified(image, rows[owners], leaves)
-        found = torch.full((len(rows),), -math.inf, dtype=torch.float64).scatter_reduce(
-            0, torch.tensor(owners), values, "amax"
-        )
-        touched = torch.zeros(len(rows), dtype=torch.bool)
-        touched[owners] = True
-        i, j = pairs[touched].unbind(1)
-        highest[i, j] = torch.minimum(highest[i, j], found[touched])
-    i, j = pairs.unbind(1)
-    gaps[i, j] = highest[i, j] - attained
-    if (gaps[i, j] < -1e-9 * (1 + attained.abs())).any():
-        raise AssertionError("a bound lies below a value that is attained: please report it")
-    for r, leaf in zip(owners, leaves, strict=True):
-        if not np.isfinite(leaf.multipliers).all():
-            gaps[*pairs[r]] = math.inf
+    for i, j in wanted.nonzero().tolist():
+        if i != j:
+            bound, attained = maximum(image, unit[j] - unit[i], highest[i, j].item(), nodes)
+            highest[i, j], gaps[i, j] = bound, bound - attained
+            if gaps[i, j] < -1e-9 * (1 + abs(attained)):
+                raise AssertionError("a bound lies below a value that is attained: please report it")
 
 
-def tree(image: Image, row: Tensor, nodes: int) -> tuple[list[Part], float]:
-    """The leaves of branch and bound for the largest row . z over the ball, and the largest value that was met."""
-    nothing = np.full(len(image.form.right), np.nan)
-    first, best = visit(image, row, Part(-math.inf, 0, (), nothing))
-    queue, leaves, made = [first], [], 1
-    while queue:
-        part = heapq.heappop(queue)
-        choices = [] if part.cut is None else [r >= 0 for r in image.form.pieces[part.cut[0]][part.cut[1]]]
-        if -part.negative <= best + TOLERANCE or not choices or made + sum(choices) > nodes:
-            leaves.append(part)
-            continue
-        for piece in np.flatnonzero(choices):
-            decisions = (*part.decisions, (*part.cut, int(piece)))
-            child, met = visit(image, row, Part(part.negative, made, decisions, part.multipliers))
-            best, made = max(best, met), made + 1
-            heapq.heappush(queue, child)
-    return leaves, best
+def maximum(image: Image, row: Tensor, known: float, nodes: int) -> tuple[float, float]:
+    """A certified upper bound of row . z over the ball, at most the `known` one, and a value that is attained.
 
-
-def visit(image: Image, row: Tensor, part: Part) -> tuple[Part, float]:
-    """The part with what its LP says, and a value of row . z that is attained (-inf: none).
-
-    If the LP fails, the part stays as it is: with the multipliers of the one it was cut from.
+    -inf in place of the latter if the solver says nothing at all. Best first: the part with the largest bound is cut.
     """
-    form = image.form
-    held = [form.pieces[k][unit, piece] for k, unit, piece in part.decisions]
-    dropped = [form.above[k][unit] for k, unit, _ in part.decisions]
-    answer = solvers.attempt(image.solve, form, form.cost(row.numpy()), np.array(held, int), np.array(dropped, int))
-    if answer.status == solvers.INFEASIBLE:
-        return Part(math.inf, part.number, part.decisions, part.multipliers, answer.multipliers), -math.inf
-    if answer.status != solvers.OPTIMAL:
-        return part, -math.inf
-    value = float(row.numpy() @ answer.point[form.logits])
-    cut = loosest(image, answer, part.decisions)
-    x = torch.as_tensor(answer.point[form.image]).view(1, *image.network.shapes[0])
-    met = (row @ image.network(x.clamp(*image.bounds[0]))[0]).item()
-    return Part(-value, part.number, part.decisions, answer.multipliers, None, cut), met
+    attained = (row @ image.network(sum(image.ball) / 2)[0]).item()
+    if known - attained <= TOLERANCE:
+        return known, attained
+    value, met, cut = visit(image, row, ())
+    if not math.isfinite(value):
+        return known, -math.inf
+    attained, made, numbers = max(attained, met), 1, itertools.count()
+    queue = [(-min(known, value), next(numbers), (), cut)]
+    while True:
+        negative, _, decisions, cut = queue[0]
+        choices = [] if cut is None else np.flatnonzero(image.program.pieces[cut[0]].real[:, cut[1]])
+        if -negative <= attained + TOLERANCE or not len(choices) or made + len(choices) > nodes:
+            return -negative, attained
+        heapq.heappop(queue)
+        for piece in choices.tolist():
+            part = (*decisions, (*cut, piece))
+            value, met, next_cut = visit(image, row, part)
+            attained, made = max(attained, met), made + 1
+            heapq.heappush(queue, (-min(-negative, value), next(numbers), part, next_cut))
 
 
-def loosest(image: Image, answer: solvers.Answer, decisions: Decisions) -> tuple[int, int] | None:
+def visit(image: Image, row: Tensor, decisions: Decisions) -> tuple[float, float, tuple[int, int] | None]:
+    """Certified maximum of row . z over a part, a value of it attained in the ball, and the node and unit to cut at.
+
+    inf, -inf and None where the LP fails; no cut where every output equals one of its pieces.
+    """
+    image.program.fill(image.ball, image.lines, decisions)
+    image.program.row.value = row.numpy()
+    answer = programs.solve(image.program, image.solver)
+    if answer is None:
+        return math.inf, -math.inf, None
+    lines, slopes, push = list(image.lines), {}, {}
+    for k, unit, piece in decisions:
+        lines[k] = image.program.pieces[k].decided(lines[k], unit, piece)
+    for k, pieces in image.program.pieces.items():
+        slopes[k], push[k] = pieces.dual(lines[k], answer.multipliers[k])
+    form = pull(image.network, lines, row[None, None], dual=Dual(slopes, push))
+    x = torch.as_tensor(answer.image).view_as(image.ball[0]).clamp(*image.ball)
+    met = (row @ image.network(x)[0]).item()
+    return over_ball(*form, *image.ball).item(), met, loosest(image.program, lines, answer)
+
+
+def loosest(program: programs.Program, lines: list[Lines], answer: programs.Answer) -> tuple[int, int] | None:
     """The node and unit whose line above costs the LP most at its best point, None if y equals a piece everywhere."""
-    point = answer.point
-    slack = image.form.right - image.form.matrix @ point
     best, where = 0.0, None
-    for k, rows in image.form.pieces.items():
-        free = image.form.kinds[k].free(image.lines[k])
-        gap = np.where(free.numpy(), np.where(rows >= 0, slack[rows], np.inf).min(1), 0.0)
-        gap = np.where(gap > 1e-9, gap * (SMALL + answer.multipliers[image.form.above[k]].clip(min=0)), 0.0)
-        gap[[unit for node, unit, _ in decisions if node == k]] = 0.0
+    for k, pieces in program.pieces.items():
+        gap = np.where(pieces.free(lines[k]), answer.over[k].min(0), 0.0)
+        gap = np.where(gap > 1e-9, gap * (SMALL + answer.upper[k].clip(min=0)), 0.0)
         if gap.max() > best:
             best, where = gap.max(), (k, int(gap.argmax()))
     return where
-
-
-def certified(image: Image, rows: Tensor, parts: list[Part]) -> Tensor:
-    """Certified maximum of rows[b] . z over each part, `(B,)`; -inf where it is proved to be empty."""
-    values = evaluated(image, rows, parts, [part.multipliers for part in parts])
-    said = [b for b, part in enumerate(parts) if part.ray is not None]
-    if said:
-        # what is >= 0 on all of a part cannot have a maximum below 0 over the ball
-        some = [parts[b] for b in said]
-        proof = evaluated(image, torch.zeros_like(rows[said]), some, [part.ray for part in some])
-        values[said] = torch.where(proof < 0, -math.inf, values[said])
-    return values
-
-
-def evaluated(image: Image, rows: Tensor, parts: list[Part], multipliers: list[np.ndarray]) -> Tensor:
-    """Our own bound of each row on its part, with slopes and pushes from the multipliers: `(B,)`."""
-    found = []
-    for some in torch.arange(len(parts)).split(max(1, BUDGET // (4 * widest(image.network)))):
-        decisions = [parts[b].decisions for b in some]
-        shares = image.form.shares(np.stack([multipliers[b] for b in some]))
-        lines = [decided(image, k, decisions) for k in range(len(image.lines))]
-        duals = {k: image.form.kinds[k].dual(lines[k], share) for k, share in shares.items()}
-        slopes, push = ({k: both[side].unsqueeze(1) for k, both in duals.items()} for side in (0, 1))
-        form = pull(image.network, lines, rows[some].unsqueeze(1), dual=Dual(slopes, push))
-        found.append(over_ball(*form, *image.bounds[0])[:, 0])
-    return torch.cat(found)
-
-
-def decided(image: Image, k: int, decisions: list[Decisions]) -> Lines:
-    """Lines of node k on each part: those of the whole ball, and the chosen piece alone where it is decided."""
-    mine = [(b, unit, piece) for b, part in enumerate(decisions) for node, unit, piece in part if node == k]
-    if not mine:
-        return image.lines[k]
-    box, chosen = image.bounds[image.network.place(k)], torch.tensor(mine).unbind(1)
-    return image.form.kinds[k].decided(image.lines[k], box, chosen, len(decisions))

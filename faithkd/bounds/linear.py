@@ -66,6 +66,9 @@ def pull(
             continue  # nothing that is asked depends on it
         if trace is not None and node.operator.splits:
             trace[k] = rows
+        if k == 1 and to == 0 and lines[k].noise is None and patches.patches(network):
+            form, constant = patches.pull(network, lines[k], rows, dual.slopes.get(k))
+            return form, total + constant
         shapes = (network.shapes[place] for place in node.inputs)
         parts, constant = node.operator.transpose(rows, lines[k], dual.slopes.get(k), *shapes)
         total = total + constant
@@ -108,12 +111,7 @@ def backward(
     network: Network, lines: list[Lines], box: Box, rows: Tensor, at: int | None = None, slopes: Slopes | None = None
 ) -> Tensor:
     """Certified maximum over the ball `box` of linear forms on the place `at`: `(N, R)`, see `pull`."""
-    slopes = slopes or {}
-    if patches.patches(network) is None or (at is not None and at < 2):
-        return over_ball(*pull(network, lines, rows, at, Dual(slopes)), *box)
-    rows, total = pull(network, lines, rows, at, Dual(slopes), to=2)
-    total = total + patches.over_ball(network, lines[1], box, rows, slopes.get(1))
-    return total.nan_to_num(math.inf, math.inf, math.inf)
+    return over_ball(*pull(network, lines, rows, at, Dual(slopes or {})), *box)
 
 
 def descend(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -72,7 +72,21 @@ class UpperBound:
 
 @dataclass(frozen=True)
 class Choices:
-    """How to bound: checked once, passed down unchanged."""
+    """How to bound, checked once and passed down unchanged: the keywords of the public functions.
+
+    `method`: a key of METHODS. `solver` (lp and milp): "highs", "gurobi", or "auto", Gurobi where its licence is large
+    enough. `max_nodes` (milp): branch-and-bound nodes per logit difference; where they run out, the bound reached by
+    then is used, and the status says so.
+
+    bab and best: an image is finished when its bound is within `tolerance` of a difference that is attained, or when
+    `nodes` parts of its ball were made, or after `budget` seconds per image, whichever comes first; only nodes
+    repeat exactly (1,000 where neither is given). An image also stops where its parts fill `domains.ROOM` bytes.
+    "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
+    that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
+
+    `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
+    `progress`: whether to show a bar.
+    """
 
     method: str = "crown"
     solver: str = "highs"
@@ -125,47 +139,20 @@ class Balls:
         return Balls(self.x[some], self.eps, *(tuple(end[some] for end in box) for box in (self.box, self.reach)))
 
 
-@torch.inference_mode(False)  # descent needs gradients
 def faithfulness_upper_bound(
-    teacher: nn.Module,
-    student: nn.Module,
-    x: Tensor,
-    eps: float,
-    *,
-    method: str = "crown",
-    solver: str = "highs",
-    clip: tuple | None = None,
-    max_nodes: int = 10_000,
-    nodes: int | None = None,
-    budget: float | None = None,
-    tolerance: float = 1e-3,
-    seed: int = 0,
-    agreement: bool = False,
-    jobs: int | None = None,
-    progress: bool = False,
+    teacher: nn.Module, student: nn.Module, x: Tensor, eps: float, *, clip: tuple | None = None, **choices
 ) -> UpperBound:
     """FaithUB of each image: certified to be at least ||f_t(x') - f_s(x')||_inf on all of B_eps(x), eq. (11).
 
     `teacher`, `student`: torch modules of known operations (`reading`), returning logits `(N, C)`. `x`: `(N, *image)`
     in the networks' input space; `eps`: radius in the same units; `clip`: `(low, high)`, the range of valid images,
-    broadcastable to `x`. `method`: a key of METHODS. `solver` (lp and milp): "highs", "gurobi", or "auto", Gurobi where
-    its licence is large enough. `max_nodes` (milp): branch-and-bound nodes per logit difference; where they run out,
-    the bound reached by then is used, and the status says so.
-
-    bab and best: an image is finished when its bound is within `tolerance` of a difference that is attained, or when
-    `nodes` parts of its ball were made, or after `budget` seconds per image, whichever comes first; only nodes
-    repeat exactly (1,000 where neither is given). An image also stops where its parts fill `domains.ROOM` bytes.
-    "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
-    that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
-
-    `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
+    broadcastable to `x`. Other keywords: the fields of `methods.Choices`, `method`, `nodes`, `budget` and so on.
 
     Values hold for the networks as functions of real numbers; float64 rounding is accounted for. No solver's word is
     taken: for "lp" and "milp" its multipliers only, and every bound is computed from them anew (`exact`).
     Raises FaithkdError for whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
     """
-    choices = Choices(method, solver, max_nodes, nodes, budget, tolerance, seed, agreement, jobs, progress)
-    return spread_out(teacher, [student], Balls.around(x, eps, clip), choices)[0]
+    return faithfulness_upper_bounds(teacher, [student], x, eps, clip=clip, **choices)[0]
 
 
 @torch.inference_mode(False)  # descent needs gradients
@@ -176,13 +163,9 @@ def faithfulness_upper_bounds(
 
     Arguments and errors as there; a `budget` is for each student.
     """
-    return spread_out(teacher, list(students), Balls.around(x, eps, clip), Choices(**choices))
-
-
-def spread_out(teacher: nn.Module, students: list, balls: Balls, choices: Choices) -> list[UpperBound]:
-    """Check everything, then `bounded`: "best" in several processes, all else in this one."""
-    networks = [prepare(teacher, tuple(balls.x.shape[1:]), "teacher")]
-    networks += [prepare(student, tuple(balls.x.shape[1:]), "student") for student in students]
+    choices, balls = Choices(**choices), Balls.around(x, eps, clip)
+    shape = tuple(balls.x.shape[1:])
+    networks = [prepare(teacher, shape, "teacher"), *(prepare(student, shape, "student") for student in students)]
     for network in networks:
         arguments.same_classes(networks[0].classes, network.classes)
     count = min(workers.jobs() if choices.jobs is None else choices.jobs, len(balls))
@@ -219,18 +202,18 @@ def joined(parts: Sequence[UpperBound]) -> UpperBound:
 
 def bounded(networks: list[Network], balls: Balls, choices: Choices) -> list[UpperBound]:
     """`faithfulness_upper_bounds` of a teacher and its students, in this process."""
-    first, *rest = [bounder(network, min(q, 1), choices) for q, network in enumerate(networks)]
     parts = []
     with progress_bar(choices, len(balls)) as bar:
         # the same pieces for every method, so that the ladder of methods holds to the last bit
         for some in image_chunks(tuple(networks), len(balls)) or (torch.arange(0),):
             begin, mine = time.monotonic(), balls[some]
-            alone = first(*mine.box)
+            teacher = of_one(networks[0], 0, mine.box, choices)
             spent = time.monotonic() - begin
             parts.append([])
-            for each in rest:
+            for student in networks[1:]:
                 begin = time.monotonic() - spent  # every student's time has the teacher's in it
-                parts[-1].append(of_pair([alone, each(*mine.box)], mine, choices, begin))
+                both = [teacher, of_one(student, 1, mine.box, choices)]
+                parts[-1].append(of_pair(both, mine, choices, begin))
             bar.update(len(some))
     return [joined(each) for each in zip(*parts, strict=True)]
 
@@ -269,56 +252,43 @@ def of_pair(both: list["Alone"], balls: Balls, choices: Choices, begin: float) -
 
 @dataclass(frozen=True)
 class Alone:
-    """One network's rungs: the largest z_j - z_i `(N, C, C)` by method; whether all is finite.
-
-    `boxes`: of every place; `open`: from one image's boxes to its LP (`exact.opener`), for "lp" and "milp".
-    """
+    """What is known of one network: the largest z_j - z_i `(N, C, C)` by method, whether all of them are finite, and
+    the boxes of every place; its `root` from alpha-crown on."""
 
     network: Network
     rungs: dict[str, Tensor]
     finite: Tensor
-    root: Root | None
     boxes: list[Box]
-    open: Callable | None
+    root: Root | None
 
 
-def bounder(network: Network, q: int, choices: Choices) -> Callable[[Tensor, Tensor], Alone]:
-    """A function from boxes of images to one network's rungs. Programs are compiled once, when it is made."""
-    names, opened = LADDER[choices.method], None
-    if "lp" in names:
-        try:
-            from faithkd.bounds import exact  # cvxpy takes seconds to import
-        except ModuleNotFoundError as missing:
-            raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[lp]' for lp and milp") from None
-
-        opened = exact.opener(network, choices.solver)
-
-    def bound(lower: Tensor, upper: Tensor) -> Alone:
-        boxes, found = interval(network, lower, upper), None
-        rungs = {"interval": box_differences(*boxes[-1])}
-        if "crown" in names:
-            boxes, lines, _ = crown(network, lower, upper)
-            highest, _ = row_differences(network, lines, boxes)
-            rungs["crown"] = torch.minimum(rungs["interval"], highest)
-        if "alpha-crown" in names:
-            found = root(network, q, lower, upper)
-            boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
-        last = list(rungs.values())[-1]
-        return Alone(network, rungs, last.isfinite().flatten(1).all(1), found, boxes, opened)
-
-    return bound
+def of_one(network: Network, q: int, box: Box, choices: Choices) -> Alone:
+    """One network's rungs for some images, up to alpha-crown."""
+    names, found = LADDER[choices.method], None
+    boxes = interval(network, *box)
+    rungs = {"interval": box_differences(*boxes[-1])}
+    if "crown" in names:
+        boxes, lines, _ = crown(network, *box)
+        rungs["crown"] = torch.minimum(rungs["interval"], row_differences(network, lines, boxes)[0])
+    if "alpha-crown" in names:
+        found = root(network, q, *box)
+        boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
+    last = list(rungs.values())[-1]
+    return Alone(network, rungs, last.isfinite().flatten(1).all(1), boxes, found)
 
 
 def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[list[str]]]:
     """The rungs "lp" and "milp" of one network, or of a pair where eq. (11) can change, and notes for each image."""
-    from faithkd.bounds import exact
-
+    try:
+        from faithkd.bounds import exact  # cvxpy takes seconds to import
+    except ModuleNotFoundError as missing:
+        raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[lp]' for lp and milp") from None
     names = [name for name in ("lp", "milp") if name in LADDER[choices.method]]
-    rungs = [{name: list(network.rungs.values())[-1].clone() for name in names} for network in networks]
+    rungs = [{name: list(each.rungs.values())[-1].clone() for name in names} for each in networks]
     notes = []
     for n in range(len(networks[0].finite)):
-        boxes = [[(low[n : n + 1], high[n : n + 1]) for low, high in network.boxes] for network in networks]
-        images = [network.open(mine) for network, mine in zip(networks, boxes, strict=True)]
+        boxes = [[(low[n : n + 1], high[n : n + 1]) for low, high in each.boxes] for each in networks]
+        images = [exact.opened(each.network, mine, choices.solver) for each, mine in zip(networks, boxes, strict=True)]
         notes.append([] if all(images) else ["LP not tried: boxes not finite"])
         highest = [found[names[0]][n] for found in rungs]
         for name in names if all(images) else ():
@@ -326,8 +296,7 @@ def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[l
             notes[-1] += [note] if note else []
             for found, mine in zip(rungs, highest, strict=True):
                 found[name][n] = mine
-    networks = [replace(network, rungs=network.rungs | found) for network, found in zip(networks, rungs, strict=True)]
-    return networks, notes
+    return [replace(each, rungs=each.rungs | found) for each, found in zip(networks, rungs, strict=True)], notes
 
 
 def attained(pair: tuple[Network, Network], balls: Balls, choices: Choices) -> tuple[Tensor, Tensor]:
@@ -397,31 +366,21 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
 
 
 @torch.inference_mode(False)  # descent needs gradients
-def difference_bounds(
-    network: nn.Module,
-    x: Tensor,
-    eps: float,
-    *,
-    method: str = "crown",
-    solver: str = "highs",
-    clip: tuple | None = None,
-    max_nodes: int = 10_000,
-) -> Tensor:
+def difference_bounds(network: nn.Module, x: Tensor, eps: float, *, clip: tuple | None = None, **choices) -> Tensor:
     """Certified maximum of each logit difference z_j - z_i over the ball, `(N, C, C)` at [n, i, j], eq. (9).
 
     Minima follow by antisymmetry: min (z_j - z_i) = -result[n, j, i]. +inf where nothing could be certified.
     Arguments and errors as in `faithfulness_upper_bound`; methods up to "milp", which look at one network.
     """
-    arguments.choice("method", method, [name for name in METHODS if "joint" not in LADDER[name]])
-    choices, balls = Choices(method, solver, max_nodes), Balls.around(x, eps, clip)
+    choices, balls = Choices(**choices), Balls.around(x, eps, clip)
+    arguments.choice("method", choices.method, [name for name in METHODS if "joint" not in LADDER[name]])
     prepared = prepare(network, tuple(balls.x.shape[1:]))
-    bound = bounder(prepared, 0, choices)
     found = torch.zeros(len(balls), prepared.classes, prepared.classes, dtype=torch.float64)
     for some in image_chunks((prepared,), len(balls)):
-        mine = [bound(*balls[some].box)]
-        if "lp" in LADDER[method]:
+        mine = [of_one(prepared, 0, balls[some].box, choices)]
+        if "lp" in LADDER[choices.method]:
             mine, _ = solved(mine, choices)
-        found[some] = mine[0].rungs[method]
+        found[some] = mine[0].rungs[choices.method]
     return found
 
 

@@ -383,13 +383,17 @@ class MaxPool2d(Operator):
         return Lines(*(part.unsqueeze(1) for part in (noise, shift + noise, above, below, free)))
 
     def transpose(self, rows, lines, slopes, shape):
-        """Each entry of a row is spread over its window."""
-        rows = rows.flatten(3)
-        constant = lines.constant(rows.clamp(min=0), rows.clamp(max=0))
-        below = lines.below if slopes is None else self.allowed(slopes, lines)
-        positive = rows.clamp(min=0)
-        spread = positive.unsqueeze(3) * lines.above + (rows - positive).unsqueeze(3) * below
+        spread, constant = self.spread(rows, lines, slopes)
         return [self.gathered(spread, shape)], constant
+
+    def spread(self, rows: Tensor, lines: Lines, slopes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each entry of a row spread over its window, `(N, R, channels, window, outputs)`, and a constant `(N, R)`."""
+        rows = rows.flatten(3)
+        positive = rows.clamp(min=0)
+        negative = rows - positive
+        below = lines.below if slopes is None else self.allowed(slopes, lines)
+        spread = positive.unsqueeze(3) * lines.above + negative.unsqueeze(3) * below
+        return spread, lines.constant(positive, negative)
 
     def gathered(self, spread: Tensor, shape: Shape) -> Tensor:
         """Numbers `(..., channels, window, outputs)` added up at the places that they belong to: `(..., *shape)`."""

@@ -1,18 +1,14 @@
 """FaithUB's programs, eqs (8) to (11), in cvxpy: the relaxation as an LP, the exact network as a MILP.
 
-`build` writes one network's program down, once; an image's boxes are parameters of it. cvxpy turns it into its
-canonical form, minimise c z subject to A z <= b (or ==), on which `solvers` solves many objectives one after the
-other, each from the last basis. No solver is believed in anything:
-
-* LP: only the multipliers are taken. Those of y >= 0 and y >= z say how the solver mixed the two lower pieces of each
-  ReLU: their share is a lower slope in [0, 1]. `linear.pull` with these slopes is the LP's dual objective in our own
-  arithmetic, and valid for any slopes. By strong duality nothing is lost when they are right.
-* MILP: branch and bound of our own (`exact`) over such LPs, which proves its value leaf by leaf.
+`build` writes one network's program down, once: the objective, an image's ball and the lines of its ReLUs and
+max-pools are parameters, so that cvxpy compiles it once. `solve` reads multipliers and a point off HiGHS or Gurobi,
+and nobody believes either: what is certified is `linear.pull` with slopes made of the multipliers, valid whatever they
+are. By strong duality nothing is lost when they are right.
 """
 
 import functools
 import math
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 
 import cvxpy as cp
@@ -22,218 +18,157 @@ import torch
 from torch import Tensor
 
 from faithkd.bounds.graph import Network
-from faithkd.bounds.layers import Add
-from faithkd.bounds.linear import Slopes
-from faithkd.bounds.operators import Affine, Box, Lines, MaxPool2d, Operator, ReLU, Shape, View
+from faithkd.bounds.operators import Box, Lines, MaxPool2d, Operator, ReLU, Shape, View
+from faithkd.errors import FaithkdError
 
-Setter = Callable[[Tensor, Tensor], None]  # gives a node's parameters their values, from the box of its input
+TOLERANCE = 1e-9  # the solvers' tightest feasibility and optimality tolerance
+OPTIONS = {  # each LP begins where the last one ended, so that presolve is no help
+    "HIGHS": {
+        "simplex_strategy": 4,  # primal: the last vertex still satisfies all rows
+        "output_flag": False,
+        "parallel": "off",
+        "presolve": "off",
+        "primal_feasibility_tolerance": TOLERANCE,
+        "dual_feasibility_tolerance": TOLERANCE,
+    },
+    "GUROBI": {"Threads": 1, "Presolve": 0, "FeasibilityTol": TOLERANCE, "OptimalityTol": TOLERANCE},
+}
+PRICE = 1e4  # of 1 by which an output is above the piece that it was decided to equal
+ZERO, NOTHING = -1, -2  # in place of an input: the number 0, and no piece at all
+
+
+class Pieces:
+    """The outputs y of one node, each the largest of its pieces: 0 and z for ReLU, the numbers in a max-pool's window.
+
+    A table `(pieces, outputs)` has an entry for each: `inputs` says which input it is, or ZERO, or NOTHING where there
+    is no piece. Constraints and parameters have one entry for each that is `real`; `over` is y minus the piece.
+    """
+
+    def __init__(self, operator: Operator, shape: Shape, y: cp.Variable, z: cp.Expression) -> None:
+        self.relu, self.shape, self.y = isinstance(operator, ReLU), shape, y
+        if self.relu:
+            self.inputs = np.stack([np.full(y.size, ZERO), np.arange(y.size)])
+        else:
+            places = operator.windows(shape).numpy()[:, None]
+            channels = np.arange(shape[0])[:, None] * math.prod(shape[1:])
+            self.inputs = np.where(places < 0, NOTHING, places + channels).reshape(len(places), -1)
+        self.real = self.inputs != NOTHING
+        inputs, outputs = self.inputs[self.real], np.nonzero(self.real)[1]
+        some, self.rows = np.flatnonzero(inputs >= 0), len(inputs)
+        self.sums = sp.csr_array((np.ones(self.rows), (outputs, np.arange(self.rows))))
+        self.values = sp.csr_array((np.ones(len(some)), (some, inputs[some])), shape=(self.rows, z.size)) @ z
+        self.over = y[outputs] - self.values
+        self.lower = self.over >= 0
+
+    def linear(self) -> list[cp.Constraint]:
+        """The LP: y above all pieces and below a line on them; the objective pays a price for `over`."""
+        self.slope, self.price = cp.Parameter(self.rows), cp.Parameter(self.rows)
+        self.shift = cp.Parameter(self.y.size)
+        self.upper = self.y <= self.sums @ cp.multiply(self.slope, self.values) + self.shift
+        return [self.lower, self.upper]
+
+    def integer(self) -> list[cp.Constraint]:
+        """The MILP: y above all pieces and equal to one that binaries choose, at most `room` above the others."""
+        self.room = cp.Parameter(self.rows)
+        chosen = cp.Variable(self.y.size if self.relu else self.rows, boolean=True)
+        rules = [] if self.relu else [self.sums @ chosen == 1]
+        chosen = cp.hstack([1 - chosen, chosen]) if self.relu else chosen
+        return [self.lower, self.over <= self.room - cp.multiply(self.room, chosen), *rules]
+
+    def fill_linear(self, line: Lines, decided: list[tuple[int, int]]) -> None:
+        """Set the LP's parameters: an output that is decided, (unit, piece), has a price in place of its line."""
+        price, shift = np.zeros(self.inputs.shape), line.high.flatten().numpy().copy()
+        for unit, piece in decided:
+            price[piece, unit], shift[unit] = PRICE, np.inf
+        self.slope.value, self.shift.value = self.table(line.above)[self.real], shift
+        self.price.value = price[self.real]
+
+    def fill_integer(self, box: Box) -> None:
+        """Set the MILP's parameter, by how much another piece of the same output can be larger."""
+        low, high = (np.append(end.flatten().numpy(), (-np.inf, 0.0))[self.inputs] for end in box)
+        others = [np.delete(high, piece, 0).max(0, initial=-np.inf) for piece in range(len(high))]
+        self.room.value = (np.stack(others) - low)[self.real].clip(min=0)
+
+    def table(self, slopes: Tensor) -> np.ndarray:
+        """Slopes of `Lines`, `(1, 1, ...)`, for each piece."""
+        if self.relu:
+            return np.stack([np.zeros(slopes.numel()), slopes.flatten().numpy()])
+        return slopes[0, 0].transpose(0, 1).flatten(1).numpy().copy()
+
+    def slopes(self, table: np.ndarray) -> Tensor:
+        """What `table` undoes."""
+        table = torch.as_tensor(table)
+        if self.relu:
+            return table[1].view(1, 1, *self.shape)
+        return table.unflatten(1, (self.shape[0], -1)).transpose(0, 1)[None, None]
+
+    def free(self, line: Lines) -> np.ndarray:
+        """Which outputs may equal several pieces, `(outputs,)`."""
+        return self.table(line.free).any(0)
+
+    def decided(self, line: Lines, unit: int, piece: int) -> Lines:
+        """The line where output `unit` equals a piece."""
+        above, below, free = (self.table(part) for part in (line.above, line.below, line.free))
+        above[:, unit], below[:, unit], free[:, unit] = 0, 0, 0
+        above[piece, unit], below[piece, unit] = 1, 1
+        high = line.high.clone()
+        high.view(-1)[unit] = line.noise.reshape(-1)[unit]
+        return Lines(line.noise, high, self.slopes(above), self.slopes(below), self.slopes(free).bool())
+
+    def dual(self, line: Lines, multipliers: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Slopes of free outputs and, for all others, what is added to the row on the input: `(1, 1, ...)` twice.
+
+        From the multipliers of `lower`, a table. What is added is >= 0: the piece that an output equals minus any
+        other one, for ReLU z where it is on and -z where it is off.
+        """
+        equal, total = self.table(line.above) > 0, multipliers.sum(0)
+        if self.relu:
+            equal[0] = ~equal[1]
+        spread = np.where(self.free(line), 0.0, equal * total - multipliers)
+        some = self.inputs >= 0
+        push = np.bincount(self.inputs[some], spread[some], math.prod(self.shape))
+        slopes = self.slopes(multipliers / np.where(total > 0, total, np.nan))
+        return slopes, torch.as_tensor(push).view(1, 1, *self.shape)
 
 
 @dataclass(frozen=True)
 class Program:
-    """One network's program: `row` chooses the objective, `fill` sets an image's boxes, by place.
+    """One network's program: the objective's `row`, the ends of the `ball` and, by node, what else has parameters.
 
-    `pieces[k]`: what node k is made of, its constraints y >= piece, and the one that holds y below a line.
+    `between`: the slopes and shifts below and above of operators that have no pieces.
     """
 
     problem: cp.Problem
     row: cp.Parameter
-    fill: list[tuple[int, Setter]]
+    ball: tuple[cp.Parameter, cp.Parameter]
     image: cp.Variable
-    logits: cp.Variable
-    pieces: dict[int, tuple["ReluPieces | PoolPieces", list[cp.Constraint], cp.Constraint]]
+    pieces: dict[int, Pieces]
+    between: dict[int, tuple[cp.Parameter, ...]]
+
+    def fill(self, ball: Box, lines: list[Lines], decisions: tuple[tuple[int, int, int], ...] = ()) -> None:
+        """Set an image's parameters. A decision (k, unit, piece) says which piece an output of node k equals."""
+        for parameter, end in zip(self.ball, ball, strict=True):
+            parameter.value = end.flatten().numpy()
+        for k, parameters in self.between.items():
+            parts = lines[k].below, lines[k].low - lines[k].noise, lines[k].above, lines[k].high
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.value = part.flatten().numpy()
+        for k, pieces in self.pieces.items():
+            pieces.fill_linear(lines[k], [(unit, piece) for node, unit, piece in decisions if node == k])
 
 
 @dataclass(frozen=True)
-class Canonical:
-    """An image's LP, as cvxpy hands it to a solver: minimise c z, A z + s == b, s == 0 in the first `equal` rows, else
-    s >= 0, and `lower` <= z <= `upper`; where the input and the logits are in z; and which rows belong to which node.
+class Answer:
+    """What a solver says: the image of its best point `(inputs,)`, and by node the tables `multipliers`, of y >= piece,
+    and `over`, how far y is above each piece, and `upper` `(outputs,)`, the multipliers of the lines above."""
 
-    `kinds[k]`: what node k is made of; `pieces[k]` `(outputs, pieces)`: the rows y >= piece, -1 for none; `above[k]`
-    `(outputs,)`: the rows y <= line.
-    """
-
-    matrix: sp.csr_array
-    right: np.ndarray
-    equal: int
-    lower: np.ndarray
-    upper: np.ndarray
-    image: slice
-    logits: slice
-    kinds: dict[int, "ReluPieces | PoolPieces"]
-    pieces: dict[int, np.ndarray]
-    above: dict[int, np.ndarray]
-
-    def cost(self, row: np.ndarray) -> np.ndarray:
-        """c for the largest row . z_last; solvers minimise."""
-        cost = np.zeros(self.matrix.shape[1])
-        cost[self.logits] = -row
-        return cost
-
-    def shares(self, multipliers: np.ndarray) -> Slopes:
-        """The multipliers `(B, rows)` of the pieces by node, `(B, pieces, outputs)`: 0 for none, NaN if not known."""
-        found = {}
-        for k, rows in self.pieces.items():
-            mine = torch.as_tensor(np.where(rows >= 0, multipliers[:, rows], 0.0)).clamp(min=0)
-            found[k] = mine.transpose(1, 2)
-        return found
+    image: np.ndarray
+    multipliers: dict[int, np.ndarray]
+    over: dict[int, np.ndarray]
+    upper: dict[int, np.ndarray]
 
 
-@dataclass(frozen=True)
-class ReluPieces:
-    """ReLU as y >= 0 and y >= z, below a line or equal to one of both."""
-
-    operator: ReLU
-    shape: Shape
-
-    def lower(self, y: cp.Variable, z: cp.Variable) -> list[cp.Constraint]:
-        return [y >= 0, y >= z]
-
-    def lp(self, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
-        """y <= slope z + shift, the upper line of the triangle."""
-        slope, shift = cp.Parameter(y.size, nonneg=True), cp.Parameter(y.size, nonneg=True)
-
-        def setter(low, high):
-            assign((slope, shift), *self.operator.triangle(low, high)[:2])
-
-        return [y <= cp.multiply(slope, z) + shift], setter
-
-    def milp(self, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
-        """The two pieces from above, chosen by a binary; presolve settles the settled ones."""
-        drop, rise = cp.Parameter(y.size, nonneg=True), cp.Parameter(y.size, nonneg=True)
-        active = cp.Variable(y.size, boolean=True)
-
-        def setter(low, high):
-            assign((drop, rise), (-low).clamp(min=0), high.clamp(min=0))
-
-        return [y <= z + drop - cp.multiply(drop, active), y <= cp.multiply(rise, active)], setter
-
-    def table(self, rows: list[np.ndarray]) -> np.ndarray:
-        """The rows of `lower` as `(outputs, pieces)`, -1 for none."""
-        return np.stack(rows, 1)
-
-    def free(self, line: Lines) -> Tensor:
-        """Which outputs may equal several pieces, `(outputs,)`."""
-        return line.free[0, 0].flatten()
-
-    def decided(self, line: Lines, box: Box, chosen: tuple[Tensor, Tensor, Tensor], parts: int) -> Lines:
-        """The line of each of so many parts, the piece alone where it is `chosen`: number of the part, unit, piece."""
-        part, unit, piece = chosen
-        low, high = (end.repeat(parts, *[1] * (end.ndim - 1)) for end in box)
-        low.flatten(1)[part[piece == 1], unit[piece == 1]] = 0.0
-        high.flatten(1)[part[piece == 0], unit[piece == 0]] = 0.0
-        return self.operator.relax((low, high))
-
-    def dual(self, line: Lines, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes of free units and, for all others, what is added to the row on the input, `(B, *shape)` twice.
-
-        From the multipliers `(B, pieces, outputs)`. What is added is >= 0: z where a ReLU is on, -z where it is off.
-        """
-        share, above = share.unflatten(2, self.shape), line.above[:, 0]
-        zero, identity = share.nan_to_num(0.0).unbind(1)
-        push = torch.where(above > 0, zero, -identity).masked_fill(line.free[:, 0], 0.0)
-        return share[:, 1] / share.sum(1), push
-
-
-@dataclass(frozen=True)
-class PoolPieces:
-    """Max-pooling as y >= z_p for every place p of a window, below a chord or equal to one of them."""
-
-    operator: MaxPool2d
-    shape: Shape
-
-    @property
-    def places(self) -> np.ndarray:
-        return self.operator.windows(self.shape).numpy()
-
-    def selection(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every (output, input) pair as flat indices over all channels, padding left out."""
-        places = self.places
-        _, output = np.indices(places.shape)
-        channel = np.arange(self.shape[0])[:, None]
-        real = places >= 0
-        outputs = channel * places.shape[1] + output[real]
-        inputs = channel * self.shape[1] * self.shape[2] + places[real]
-        return outputs.ravel(), inputs.ravel()
-
-    def lower(self, y: cp.Variable, z: cp.Variable) -> list[cp.Constraint]:
-        outputs, inputs = self.selection()
-        return [y[outputs] >= z[inputs]]
-
-    def lp(self, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
-        """y <= slope z_i + shift with i the input of largest upper end in its window."""
-        outputs, inputs = self.selection()
-        slope, shift = cp.Parameter(len(inputs), nonneg=True), cp.Parameter(y.size)
-
-        def setter(low, high):
-            low, high = self.operator.boxes(low, high)
-            best, steepness, constant = self.operator.chord(low, high)
-            spread = torch.zeros_like(low).scatter_(2, best, steepness.unsqueeze(2))
-            assign((slope, shift), spread[:, :, torch.as_tensor(self.places >= 0)], constant)
-
-        return [y <= summed(outputs, y.size) @ cp.multiply(slope, z[inputs]) + shift], setter
-
-    def milp(self, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
-        """y equal to one input of its window, chosen by binaries, and above all of them."""
-        outputs, inputs = self.selection()
-        room = cp.Parameter(len(inputs), nonneg=True)
-        chosen = cp.Variable(len(inputs), boolean=True)
-
-        def setter(low, high):
-            assign((room,), self.operator(high).flatten()[outputs] - low.flatten()[inputs])
-
-        below = y[outputs] <= z[inputs] + room - cp.multiply(room, chosen)
-        return [below, summed(outputs, y.size) @ chosen == 1], setter
-
-    def table(self, rows: list[np.ndarray]) -> np.ndarray:
-        real = self.places >= 0
-        table = np.full((self.shape[0], *real.shape), -1)
-        table[:, real] = rows[0].reshape(len(table), -1)
-        return table.transpose(0, 2, 1).reshape(-1, len(real))
-
-    def free(self, line: Lines) -> Tensor:
-        return line.free[0, 0].any(1).flatten()
-
-    def decided(self, line: Lines, box: Box, chosen: tuple[Tensor, Tensor, Tensor], parts: int) -> Lines:
-        part, unit, piece = chosen
-        noise, high, above, below, free = (
-            column.repeat(parts, *[1] * (column.ndim - 1))
-            for column in (line.noise, line.high, line.above, line.below, line.free)
-        )
-        channel, place = unit // above.shape[4], unit % above.shape[4]
-        for weights in (above, below, free):
-            weights[part, 0, channel, :, place] = 0
-        for weights in (above, below):
-            weights[part, 0, channel, piece, place] = 1.0
-        high[part, 0, channel, place] = noise[part, 0, channel, place]
-        return Lines(noise, high, above, below, free)
-
-    def dual(self, line: Lines, share: Tensor) -> tuple[Tensor, Tensor]:
-        """As of ReLU; what is added is z_p - z_q >= 0, where p is the largest input of a window."""
-        share = share.unflatten(2, (self.shape[0], -1)).transpose(1, 2)
-        usable = share.nan_to_num(0.0)
-        spread = (line.above[:, 0] > 0) * usable.sum(2, keepdim=True) - usable
-        spread = torch.where(line.free[:, 0].any(2, keepdim=True), 0.0, spread)
-        return share, self.operator.gathered(spread, self.shape)
-
-
-PIECES = {ReLU: ReluPieces, MaxPool2d: PoolPieces}  # what an output is the largest of
-
-
-def matrix(operator: Affine, shape: Shape) -> tuple[sp.csr_array, np.ndarray]:
-    """An affine operator as W, b on flat inputs: the identity pushed through it, in pieces to bound memory."""
-    size = math.prod(shape)
-    columns = []
-    for piece in torch.arange(size).split(max(1, 2**22 // size)):
-        unit = torch.zeros(len(piece), size, dtype=torch.float64)
-        unit[torch.arange(len(piece)), piece] = 1
-        pushed = operator.product(unit.unflatten(1, shape), operator.weight, None).flatten(1)
-        columns.append(sp.csr_array(pushed.numpy().T))
-    shift = operator(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
-    return sp.hstack(columns, format="csr"), shift.numpy()
-
-
-def build(network: Network, integer: bool) -> Program:
+def build(network: Network, integer: bool = False) -> Program:
     """The paper's program for one network, eq. (8), on a ball given later.
 
     With z0 the input, k a node, [l, u] the certified box of its input z and y its output:
@@ -249,90 +184,107 @@ def build(network: Network, integer: bool) -> Program:
                         MILP:         y <= z_p + (max u - l_p) (1 - b_p),  sum_p b_p == 1,  b_p in {0, 1}
                     all others:       y between the two lines of `operators`
 
-    z_last is a variable, so the objective has no constant; a solver's dual bound would leave it out.
+    A *part* of the ball, where some outputs equal one of their pieces, is the same LP with a price in its objective:
+    -PRICE (y - piece), in place of the line above. So no part is infeasible, and an empty one is worth little.
     """
     size = math.prod(network.shapes[0])
-    low, high = cp.Parameter(size), cp.Parameter(size)
-    image = first = cp.Variable(size, bounds=[low, high])
-    fill = [(0, functools.partial(assign, (low, high)))]
-    constraints, pieces = [], {}
-    if not isinstance(
-        next((node.operator for node in network.nodes if not isinstance(node.operator, View)), None), Affine
-    ):
-        # cvxpy compiles no parameter times a variable whose own bounds are parameters
-        first = cp.Variable(size)
-        constraints.append(first == image)
-    values = [first]
+    ball = cp.Parameter(size), cp.Parameter(size)
+    image = cp.Variable(size, bounds=list(ball))
+    values, constraints, pieces, between = [image], [], {}, {}
     for k, node in enumerate(network.nodes):
-        z, shape = [values[place] for place in node.inputs], network.shapes[network.place(k)]
+        z, shapes = [values[place] for place in node.inputs], [network.shapes[place] for place in node.inputs]
         if isinstance(node.operator, View):
             values.append(z[0])  # every z here is flat already
             continue
         y = cp.Variable(math.prod(network.shapes[k + 1]))
         values.append(y)
-        if type(node.operator) in PIECES:
-            kind = PIECES[type(node.operator)](node.operator, shape)
-            upper, setter = (kind.milp if integer else kind.lp)(y, *z)
-            lower = kind.lower(y, *z)
-            constraints += [*lower, *upper]
-            pieces[k] = kind, lower, upper[0]
-            fill.append((network.place(k), setter))
-        elif isinstance(node.operator, Add):
-            constraints.append(y == z[0] + z[1])
-        elif isinstance(node.operator, Affine):
-            weight, bias = matrix(node.operator, shape)
-            constraints.append(y == weight @ z[0] + bias)
+        if node.operator.linear:
+            shift = node.operator(*(torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes))
+            parts = [matrix(node.operator, shapes, place) @ part for place, part in enumerate(z)]
+            constraints.append(y == sum(parts) + shift.flatten().numpy())
+            continue
+        if z[0] is image:  # cvxpy compiles no parameter times a variable whose own bounds are parameters
+            z = [cp.Variable(size)]
+            constraints.append(z[0] == image)
+        if isinstance(node.operator, ReLU | MaxPool2d):
+            pieces[k] = Pieces(node.operator, *shapes, y, *z)
+            constraints += pieces[k].integer() if integer else pieces[k].linear()
         else:
-            found, setter = between(node.operator, y, *z)
-            constraints += found
-            fill.append((network.place(k), setter))
+            between[k] = below, low, above, high = [cp.Parameter(y.size) for _ in range(4)]
+            constraints += [y >= cp.multiply(below, *z) + low, y <= cp.multiply(above, *z) + high]
     row = cp.Parameter(network.classes)
-    problem = cp.Problem(cp.Maximize(row @ values[-1]), constraints)
-    return Program(problem, row, fill, image, values[-1], pieces)
+    prices = [part.price @ part.over for part in pieces.values() if not integer]
+    problem = cp.Problem(cp.Maximize(row @ values[-1] - sum(prices)), constraints)
+    return Program(problem, row, ball, image, pieces, between)
 
 
-def between(operator: Operator, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
-    """below z + low <= y <= above z + high, the lines of an operator on single numbers."""
-    below, above = cp.Parameter(y.size, nonneg=True), cp.Parameter(y.size, nonneg=True)
-    low, high = cp.Parameter(y.size), cp.Parameter(y.size)
-
-    def setter(lower, upper):
-        line = operator.relax((lower, upper))
-        assign((below, above, low, high), line.below, line.above, line.low - line.noise, line.high)
-
-    return [y >= cp.multiply(below, z) + low, y <= cp.multiply(above, z) + high], setter
-
-
-def assign(parameters: tuple[cp.Parameter, ...], *values: Tensor) -> None:
-    """Give each parameter its value."""
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.value = value.flatten().numpy()
+def matrix(operator: Operator, shapes: list[Shape], place: int) -> sp.csr_array:
+    """W of a linear operator for one of its inputs, flat: the identity pushed through it, in pieces to bound memory."""
+    size, columns = math.prod(shapes[place]), []
+    zeros = [torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes]
+    for some in torch.arange(size).split(max(1, 2**22 // size)):
+        unit = torch.zeros(len(some), size, dtype=torch.float64)
+        unit[torch.arange(len(some)), some] = 1
+        inputs = [*zeros[:place], unit.unflatten(1, shapes[place]), *zeros[place + 1 :]]
+        columns.append(sp.csr_array((operator(*inputs) - operator(*zeros)).flatten(1).numpy().T))
+    return sp.hstack(columns, format="csr")
 
 
-def summed(outputs: np.ndarray, size: int) -> sp.csr_array:
-    """The matrix that adds up what belongs to the same output."""
-    return sp.csr_array((np.ones(len(outputs)), (outputs, np.arange(len(outputs)))), shape=(size, len(outputs)))
+def solve(program: Program, solver: str) -> Answer | None:
+    """What the solver says to the LP as it is filled; None where it fails or anything is missing."""
+    settings = {"env": gurobi_environment()} if solver == "GUROBI" else {}
+    try:
+        program.problem.solve(solver=solver, **OPTIONS[solver], **settings)
+    except Exception:  # a solver may raise anything, and whatever it is, the cheaper bound stays
+        return None
+    if program.problem.status != cp.OPTIMAL:
+        return None
+    multipliers, over, upper = {}, {}, {}
+    for k, pieces in program.pieces.items():
+        multipliers[k], over[k] = np.zeros(pieces.inputs.shape), np.full(pieces.inputs.shape, np.inf)
+        multipliers[k][pieces.real], over[k][pieces.real] = pieces.lower.dual_value.clip(min=0), pieces.over.value
+        upper[k] = pieces.upper.dual_value
+    return Answer(program.image.value, multipliers, over, upper)
 
 
-def set_image(program: Program, bounds: list[Box]) -> None:
-    """Fill the program's parameters from the boxes of one image."""
-    for place, setter in program.fill:
-        setter(*bounds[place])
+def choose(name: str, program: Program) -> str:
+    """cvxpy's name of the solver for "highs", "gurobi" or "auto"; warns once where Gurobi is not used."""
+    if name == "highs":
+        return "HIGHS"
+    rows = sum(constraint.size for constraint in program.problem.constraints)
+    refused = gurobi_refusal(rows, sum(variable.size for variable in program.problem.variables()))
+    if not refused:
+        return "GUROBI"
+    if name == "gurobi":
+        raise FaithkdError(f"Gurobi cannot be used: {refused}; choose solver='highs'")
+    warn_once(f"Gurobi is not used: {refused}; HiGHS solves instead")
+    return "HIGHS"
 
 
-def canonical(program: Program, solver: str) -> Canonical:
-    """What cvxpy would pass to `solver` ("HIGHS" or "GUROBI") for the image set last."""
-    program.row.value = np.zeros(program.row.size)
-    data = program.problem.get_problem_data(solver)[0]
-    start = data["param_prob"].var_id_to_col
-    image, logits = (slice(start[z.id], start[z.id] + z.size) for z in (program.image, program.logits))
-    rows, count = {}, 0
-    # cvxpy puts equalities first, and keeps the order otherwise
-    for constraint in sorted(program.problem.constraints, key=lambda c: not isinstance(c, cp.constraints.Equality)):
-        rows[constraint.id] = np.arange(count, count + constraint.size)
-        count += constraint.size
-    kinds = {k: kind for k, (kind, *_) in program.pieces.items()}
-    pieces = {k: kind.table([rows[piece.id] for piece in lower]) for k, (kind, lower, _) in program.pieces.items()}
-    above = {k: rows[upper.id] for k, (*_, upper) in program.pieces.items()}
-    matrix, ends = sp.csr_array(data["A"]), (data["lower_bounds"], data["upper_bounds"])
-    return Canonical(matrix, data["b"], data["dims"].zero, *ends, image, logits, kinds, pieces, above)
+def gurobi_refusal(rows: int, variables: int) -> str:
+    """Why Gurobi cannot solve a program of this size here, "" if it can: it is made to try an empty one."""
+    z = cp.Variable(variables, bounds=[0, 1])
+    trial = cp.Problem(cp.Minimize(cp.sum(z)), [np.ones((rows, 1)) @ z[:1] >= 0])
+    try:
+        trial.solve(solver="GUROBI", env=gurobi_environment())
+    except Exception as problem:  # not installed, no licence, or one for smaller programs
+        said = str(problem).partition("\n")[0].rstrip(".")
+        return f"{said} ({variables} variables, {rows} rows; pip's licence is for 2,000 of each)"
+    return ""
+
+
+@functools.cache
+def gurobi_environment():
+    """One silent Gurobi environment per process."""
+    import gurobipy
+
+    environment = gurobipy.Env(empty=True)
+    environment.setParam("OutputFlag", 0)
+    environment.start()
+    return environment
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """One warning per message and process."""
+    warnings.warn(message, stacklevel=2)

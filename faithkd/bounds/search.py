@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from faithkd.bounds import alone, joint
 from faithkd.bounds.domains import (
     BOTH,
-    ROUNDING,
     Domain,
     Root,
     Splits,
@@ -29,8 +28,7 @@ from faithkd.bounds.domains import (
     lines_of,
     log_odds,
     log_odds_range,
-    loose_units,
-    loosest_place,
+    loosest,
     meet,
     rank_in,
     rebox,
@@ -39,7 +37,7 @@ from faithkd.bounds.domains import (
 )
 from faithkd.bounds.graph import Network
 from faithkd.bounds.joint import Row, near_range
-from faithkd.bounds.linear import difference_pairs, pull, row_differences
+from faithkd.bounds.linear import difference_pairs, row_differences
 from faithkd.bounds.operators import Box
 
 ROOT_STEPS = 15  # of descent for the rows of the whole ball
@@ -233,7 +231,7 @@ def split(roots: tuple[Root, Root], leaves: Leaves, chosen: Tensor) -> tuple[Lea
     domains = domains.join(halves)
 
     cut = (found.kind != DOMAIN) & (found.kind != NOTHING)
-    pieces = halve_rows(roots, domains, rows[largest[cut]], found[cut])
+    pieces = halve_rows(rows[largest[cut]], found[cut])
     done = rows[largest[found.kind == NOTHING]]
     closed = leaves.closed.scatter_reduce(0, domains.image[done.domain], done.value, "amax")
     stays = ~moves
@@ -252,25 +250,15 @@ def decide(roots: tuple[Root, Root], domains: Domain, rows: Row) -> Decision:
     far = rows.value > alone.NEARLY * rows.apart()
     scored = replace(rows, k=torch.where(far[:, None], reach, torch.maximum(rows.k, reach + math.log(FLOOR))))
     logit_rows = joint.forms(scored, at.size)[:2]
-    duals, traces, forms = [joint.dual(scored, at.domains, q) for q in (0, 1)], ({}, {}), []
-    for q, root in enumerate(roots):
-        form, _ = pull(root.network, at.lines[q], logit_rows[q].unsqueeze(1), dual=duals[q], trace=traces[q])
-        forms.append(form[:, 0])
-    x = torch.where(forms[0] + forms[1] > 0, at.box[1], at.box[0])
-    scores, loose, ends = {}, torch.zeros(len(x), dtype=torch.float64), []
-    for q, root in enumerate(roots):
-        gaps, score, logits = loose_units(root, at.lines[q], duals[q].slopes, traces[q], x)
-        ends.append(logits)
-        loose = sum((gap.sum(1) for gap in gaps.values()), loose)
-        scores |= {(q, k): part for k, part in score.items()}
-    terms, cuts, label = loose_terms(scored, *rows.sorted(*ends))
+    duals = [joint.dual(scored, at.domains, root.q) for root in roots]
+    place = loosest(roots, at.lines, logit_rows, duals, at.box)
+    terms, cuts, label = loose_terms(scored, *rows.sorted(*place.logits))
     # where all ReLUs are settled the input is split: cuts alone grow ever thinner there and gain ever less
-    splits, settled, moves = loosest_place(scores, forms, at.box)
-    terms = torch.where(torch.where(settled, moves, far)[:, None], 0.0, terms)
-    sizes = torch.cat([torch.where(settled, 0.0, loose)[:, None], terms], 1).nan_to_num(0.0)
-    kind = torch.where(settled & ~moves, NOTHING, DOMAIN)
+    terms = torch.where(torch.where(place.settled, place.moves, far)[:, None], 0.0, terms)
+    sizes = torch.cat([torch.where(place.settled, 0.0, place.loss)[:, None], terms], 1).nan_to_num(0.0)
+    kind = torch.where(place.settled & ~place.moves, NOTHING, DOMAIN)
     kind = torch.where(sizes.amax(1) > 1e-9, sizes.argmax(1), kind)
-    return Decision(kind, splits, label, cuts.gather(1, (kind - 1).clamp(0, 2)[:, None])[:, 0])
+    return Decision(kind, place.splits, label, cuts.gather(1, (kind - 1).clamp(0, 2)[:, None])[:, 0])
 
 
 def leverage(ranges: Tensor) -> Tensor:
@@ -347,7 +335,7 @@ def differences_in(root: Root, domains: Domain) -> Tensor:
     return torch.minimum(highest, root.highest[image])
 
 
-def halve_rows(roots: tuple[Root, Root], domains: Domain, rows: Row, found: Decision) -> Row:
+def halve_rows(rows: Row, found: Decision) -> Row:
     """Both halves of each row: below and above the cut in a range of m, or in one difference z_j - z_r of L."""
     below, above = (replace(rows, range=rows.range.clone(), near=rows.near.clone()) for _ in range(2))
     for place, what in ((0, UPPER), (2, LOWER)):
@@ -357,22 +345,4 @@ def halve_rows(roots: tuple[Root, Root], domains: Domain, rows: Row, found: Deci
     hit = (found.kind == NEAR).nonzero()[:, 0]
     below.near[hit, 1, found.label[hit]] = found.at[hit]
     above.near[hit, 0, found.label[hit]] = found.at[hit]
-    switch = hit[found.at[hit] >= 0]
-    return below.join(refer(roots, domains, above, switch, found.label[switch])).capped()
-
-
-def refer(roots: tuple[Root, Root], domains: Domain, rows: Row, which: Tensor, to: Tensor) -> Row:
-    """Rows `which` with the reference class `to`: z_j - z_to from z_j - z_r and z_to - z_r, and from the root."""
-    mine, here = replace(rows[which], ref=to), torch.arange(len(which))
-    _, known = joint.known_ranges(roots, mine, domains.image[mine.domain])
-    low, high = mine.near.unbind(1)
-    low, high = low - high[here, to][:, None], high - low[here, to][:, None]
-    room = ROUNDING * (1 + low.abs() + high.abs())
-    near = torch.stack(intersected(torch.stack([low - room, high + room], 1), known), 1)
-    near[here, :, to] = 0.0
-    mine = replace(mine, near=near, cut=torch.zeros_like(mine.cut))
-    mine = replace(mine, s=joint.middle_sum(mine).log())
-    columns = {name: getattr(rows, name).clone() for name in ("near", "ref", "cut", "s")}
-    for name, column in columns.items():
-        column[which] = getattr(mine, name)
-    return replace(rows, **columns)
+    return below.join(above).capped()

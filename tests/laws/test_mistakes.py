@@ -6,6 +6,7 @@ A mistake that survives means that a law is missing.
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,92 +16,70 @@ import test_operators
 import torch
 from torch.nn import functional as F
 
-from faithkd.bounds import (
-    agreement,
-    alone,
-    domains,
-    graph,
-    joint,
-    layers,
-    linear,
-    methods,
-    operators,
-    patches,
-    search,
-    softmax,
-)
+from faithkd.bounds import agreement, alone, domains, graph, joint, layers, linear, methods, operators, search, softmax
 from faithkd.bounds.operators import Affine, Elementwise, Lines, MaxPool2d, ReLU, dot
-
-HERE = "here"  # replaced in its own module only, not where others have imported it
 
 
 class Mistake(NamedTuple):
-    """What `name` of a module or class is replaced by: `change` of the real one."""
+    """What `name` of a module or class is replaced by: `change` of the real one; `here`: not where it is imported."""
 
     owner: object
     name: str
     change: Callable
-    where: str = ""
+    here: bool = False
 
 
-def after(change):
+def after(owner, name, change, here=False):
     """What a function returns, changed."""
-    return lambda real: lambda *given, **options: change(real(*given, **options))
+    return Mistake(owner, name, lambda real: lambda *given, **options: change(real(*given, **options)), here)
 
 
-def before(change):
+def before(owner, name, change):
     """A function called with other arguments."""
-    return lambda real: lambda *given: real(*change(*given))
+    return Mistake(owner, name, lambda real: lambda *given: real(*change(*given)))
 
 
-def steeper_triangle(low, high):
+def instead(owner, name, change):
+    """A function that may call the real one, its first argument."""
+    return Mistake(owner, name, lambda real: lambda *given, **options: change(real, *given, **options))
+
+
+def steeper_triangle(_, low, high):
     unsettled, slope = ReLU().loose(low, high), high / (high - low)
     slope = torch.where(unsettled, 1 - slope, (low >= 0).double())
     return slope, torch.where(unsettled, -slope * low, 0.0), slope.round()
 
 
-def signed_radius(operator, box):
+def signed_radius(_, operator, box):
     middle = (box[0] + box[1]) / 2
     slack = operators.gamma(operator.terms) * operator.absolute(operators.largest(*box))
     radius = operator.product(box[1] - middle, operator.weight, None) + slack
     return operator(middle) - radius, operator(middle) + radius
 
 
-def low_chord(best, slope, shift, low):
+def low_chord(real, low, high):
+    best, slope, shift = real(low, high)
     first = low.gather(2, best).squeeze(2)
     return best, slope, torch.where(slope == 1, shift, first - slope * first)
 
 
-def flat_where_wide(slope, shift, high):
+def flat_where_wide(real, low, high):
+    best, slope, shift = real(low, high)
     wide = (high.amax(2) - high.amin(2) > 1e307) | (high.amax(2) > 1e308)
-    return torch.where(wide, 0.0, slope), shift
+    return best, torch.where(wide, 0.0, slope), shift
 
 
-def one_sided(rows, total, lower, upper):
+def one_sided(_, rows, total, lower, upper):
     middle, radius = ((upper + sign * lower).unsqueeze(1) / 2 for sign in (1, -1))
     return total + dot(rows, middle) + dot(rows, radius)
 
 
-def turned(box, found):
-    (lower, upper), slopes = found
+def turned(real, network, lines, ball, box, *rest, **options):
+    (lower, upper), slopes = real(network, lines, ball, box, *rest, **options)
     return (torch.where(lower > box[0], torch.maximum(box[0], -lower), lower), upper), slopes
 
 
-def counted_once(cut, pixels):
-    for here, _ in patches._edges(cut, pixels):
-        here.zero_()
-
-
-def wrong_neighbour(cut, pixels):
-    colours = len(cut.matrix) // (cut.size[0] * cut.size[1])
-    whole = pixels.view(len(pixels), colours, *cut.size, *cut.grid, pixels.shape[-1])
-    for axis, (size, shared, count) in enumerate(zip(cut.size, cut.shared, cut.grid, strict=True)):
-        if shared and count > 1:
-            there = whole.narrow(2 + axis, size - shared, shared)
-            yield there.narrow(4 + axis, 0, count - 1), there.narrow(4 + axis, 1, count - 1)
-
-
-def other_chord(real, near, label, ref, tangent):
+def other_chord(real, near, label, ref, tangent=False):
     """A chord's line from the wrong end, or with the slope of a tangent."""
     (slope, shift), (low, high) = real(near, label, ref), near.unbind(1)
     if not tangent:
@@ -109,14 +88,14 @@ def other_chord(real, near, label, ref, tangent):
     return steep, torch.where(slope > 0, torch.maximum(low.exp() * (1 - low), high.exp() - steep * high), shift)
 
 
-def ends_only(k, low, high, sign):
+def ends_only(_, k, low, high, sign):
     values = torch.stack([torch.sigmoid(m) - k * m for m in (low, high)])
     return values.amax(0) if sign > 0 else values.amin(0)
 
 
-def changed_forms(what):
-    """Forms with another constant, `what(rows, k', chords)`."""
-    return lambda real: lambda rows, size: (*real(rows, size)[:2], real(rows, size)[2] + what(rows))
+def other_constant(change):
+    """Forms with another constant."""
+    return instead(joint, "forms", lambda real, rows, size: (*real(rows, size)[:2], real(rows, size)[2] + change(rows)))
 
 
 def no_reference(real, rows, size):
@@ -133,15 +112,17 @@ def exchanged(roots, column):
     )
 
 
-def low_half(halves, splits):
+def low_half(real, parts, splits):
     """The lower half of a split ReLU ends 0.1 too early."""
+    halves = real(parts, splits)
     for n, (q, k, unit) in enumerate(zip(*(part.tolist() for part in vars(splits).values()), strict=True)):
         if q != domains.BOTH:
             halves.boxes[q][k][1].flatten(1)[len(splits.unit) + n, unit] -= 0.1
     return halves
 
 
-def at_zero(parts, halves, splits):
+def at_zero(real, parts, splits):
+    halves = real(parts, splits)
     for n in (splits.network == domains.BOTH).nonzero()[:, 0].tolist():
         unit, count = splits.unit[n], len(splits.unit)
         low, high = (end.flatten(1)[n, unit] for end in parts.input)
@@ -155,23 +136,18 @@ def first_half(empty):
     return empty
 
 
-def no_rows(leaves, split, old):
+def no_rows(real, roots, leaves, chosen, old=False):
     """A split that loses the rows in domains that are old, or those in new ones."""
-    found, fresh, x = split
+    found, fresh, x = real(roots, leaves, chosen)
     is_old = found.rows.domain < len(leaves.domains.image)
     return replace(found, rows=found.rows[~is_old if old else is_old]), fresh, x
 
 
-def empty_upper_part(halves, found):
+def empty_upper_part(real, rows, found):
+    halves = real(rows, found)
     upper = (found.kind == search.NEAR).nonzero()[:, 0] + len(found.kind)
     halves.near[upper, 1] = halves.near[upper, 0]
     return halves
-
-
-def same_range(rows, found, which, to):
-    mine, here, near = rows[which].near, torch.arange(len(which)), found.near.clone()
-    near[which] = (mine - mine[here, :, to][..., None]).sort(1).values
-    return replace(found, near=near)
 
 
 def smallest_leaf(leaves):
@@ -184,322 +160,196 @@ def certified(found):
     return replace(found, values=torch.where(unknown, 0.5, found.values))
 
 
-def wider(leaves):
-    return replace(
-        leaves, reach=tuple(end * (1 + sign * 1e-9) for sign, end in zip((-1, 1), leaves.reach, strict=True))
-    )
+def out_of_reach(real, pair, leaves, *rest):
+    wide = tuple(end * (1 + sign * 1e-9) for sign, end in zip((-1, 1), leaves.reach, strict=True))
+    return replace(real(pair, replace(leaves, reach=wide), *rest), reach=leaves.reach)
+
+
+def smallest_over(column, trees, images):
+    """The smallest entry over all domains, where the largest counts."""
+    return [alone.over(tree, getattr(tree, column), images, "amin") for tree in trees]
+
+
+def smallest_differences(real, roots, trees):
+    highest = smallest_over("highest", trees, len(roots[0].highest))
+    return tuple(replace(root, highest=part) for root, part in zip(real(roots, trees), highest, strict=True))
+
+
+def lost_tree(real, root, tree, busy, *rest):
+    if busy.any():
+        return real(root, tree, busy, *rest)
+    return tree[torch.zeros(len(tree.low), dtype=torch.bool)], tree.domains.image[:0]
+
+
+def other_network(real, roots, parts, rows, network):
+    found = real(roots, parts, replace(rows, order=1 - rows.order), network)
+    return replace(found, order=rows.order)
+
+
+def any_weights(_, weights, line):
+    return torch.where(line.free.any(3, keepdim=True), weights.clamp(min=0) * line.free, line.below)
+
+
+def from_the_first(real, classes, numbers=None):
+    return real(classes, None if numbers is None else numbers - numbers[0])
+
+
+def lines_exchanged(operator, rows, line, *rest):
+    return operator, rows, replace(line, above=line.below, below=line.above), *rest
+
+
+def not_below(found):
+    """The rung "bab" is what is attained."""
+    return found | ({"rungs": found["rungs"] | {"bab": found["lower"]}} if "lower" in found else {})
 
 
 MISTAKES = {
     # one operator
-    "the upper line's shift has the wrong sign": Mistake(
-        ReLU, "triangle", after(lambda found: (found[0], -found[1], found[2]))
+    "the upper line's shift has the wrong sign": after(ReLU, "triangle", lambda f: (f[0], -f[1], f[2])),
+    "the upper line's slope is the other end's": instead(ReLU, "triangle", steeper_triangle),
+    "a settled unit may have any slope": instead(
+        Elementwise, "allowed", lambda _, slopes, line: torch.where(slopes >= 0, slopes, line.below)
     ),
-    "the upper line's slope is the other end's": Mistake(ReLU, "triangle", lambda real: steeper_triangle),
-    "a settled unit may have any slope": Mistake(
-        Elementwise, "allowed", lambda real: lambda slopes, line: torch.where(slopes >= 0, slopes, line.below)
+    "slopes above 1 are allowed": instead(
+        Elementwise, "allowed", lambda _, slopes, line: torch.where(line.free & (slopes >= 0), slopes, line.below)
     ),
-    "slopes above 1 are allowed": Mistake(
-        Elementwise,
-        "allowed",
-        lambda real: lambda slopes, line: torch.where(line.free & (slopes >= 0), slopes, line.below),
+    "the radius goes through signed weights": instead(Affine, "interval", signed_radius),
+    "a pool's chord begins too low": instead(MaxPool2d, "chord", low_chord),
+    "a pool forgets its rivals": after(MaxPool2d, "chord", lambda f: (f[0], torch.ones_like(f[1]), 0 * f[2])),
+    "weights over a window do not sum to 1": instead(MaxPool2d, "allowed", any_weights),
+    "a sum forgets its second part": instead(
+        layers.Add, "transpose", lambda _, add, rows, *__: ([rows, 0 * rows], 0.0)
     ),
-    "the radius goes through signed weights": Mistake(Affine, "interval", lambda real: signed_radius),
-    "a pool's chord begins too low": Mistake(
-        MaxPool2d, "chord", lambda real: lambda low, high: low_chord(*real(low, high), low)
+    "the line above tanh is too low": after(layers.SShaped, "relax", lambda line: replace(line, high=line.high - 0.05)),
+    "a mean is transposed as a sum": instead(
+        layers.AvgPool2d, "back", lambda _, pool, rows, shape: pool.terms * Affine.back(pool, rows, shape)
     ),
-    "a pool forgets its rivals": Mistake(
-        MaxPool2d, "chord", after(lambda found: (found[0], torch.ones_like(found[1]), 0 * found[2]))
+    "a wide ReLU is flat": instead(
+        ReLU, "triangle", lambda real, low, high: (high / (high - low), *real(low, high)[1:])
     ),
-    "weights over a window do not sum to 1": Mistake(
-        MaxPool2d,
-        "allowed",
-        lambda real: (
-            lambda weights, line: torch.where(
-                line.free.any(3, keepdim=True), weights.clamp(min=0) * line.free, line.below
-            )
-        ),
-    ),
-    "a sum forgets its second part": Mistake(
-        layers.Add, "transpose", lambda real: lambda add, rows, *_: ([rows, 0 * rows], 0.0)
-    ),
-    "the line above tanh is too low": Mistake(
-        layers.SShaped, "relax", after(lambda line: replace(line, high=line.high - 0.05))
-    ),
-    "a mean is transposed as a sum": Mistake(
-        layers.AvgPool2d, "back", lambda real: lambda pool, rows, shape: pool.terms * Affine.back(pool, rows, shape)
-    ),
-    # one network
-    "rows above and below are exchanged": Mistake(
-        Elementwise,
-        "transpose",
-        before(
-            lambda operator, rows, line, *rest: (
-                operator,
-                rows,
-                replace(line, above=line.below, below=line.above),
-                *rest,
-            )
-        ),
-    ),
-    "the shift is dropped": Mistake(
-        Lines, "constant", before(lambda line, positive, negative: (line, 0 * positive, negative))
-    ),
-    "the bias is dropped": Mistake(Affine, "constant", lambda real: lambda operator, rows: 0.0),
-    "the ball has no radius": Mistake(linear, "over_ball", lambda real: one_sided),
-    "no slack for rounding": Mistake(operators, "gamma", lambda real: lambda terms: 0.0),
-    "lower ends are not turned round": Mistake(
-        linear,
-        "refine",
-        lambda real: (
-            lambda network, lines, ball, box, *rest, **options: turned(
-                box, real(network, lines, ball, box, *rest, **options)
-            )
-        ),
-    ),
-    "differences are taken the other way round": Mistake(
-        linear, "difference_rows", after(lambda found: (-found[0], found[1]))
-    ),
-    "a box's differences use one end twice": Mistake(
-        linear, "box_differences", before(lambda lower, upper: (upper, upper))
-    ),
-    # one network, patch by patch
-    "a shared pixel counts once only": Mistake(patches, "_share", lambda real: counted_once),
-    "patches go to the wrong neighbour": Mistake(patches, "_edges", lambda real: wrong_neighbour),
-    "a patch has no radius": Mistake(
-        patches, "maximum", before(lambda cut, c, middle, radius: (cut, c, middle, 0 * radius))
-    ),
-    "the middle of a patch is dropped": Mistake(
-        patches, "maximum", before(lambda cut, c, middle, radius: (cut, c, 0 * middle, radius))
-    ),
-    "no noise in patches": Mistake(patches, "terms", lambda real: lambda cut: -16),
-    "a pool's shift is dropped in patches": Mistake(
-        patches,
-        "over_ball",
-        before(lambda network, line, *rest: (network, replace(line, high=0 * line.high), *rest)),
-        HERE,
-    ),
-    # softmax and what both networks share
-    "lowest and highest differences are exchanged": Mistake(
-        softmax, "softmax_interval", after(lambda found: (found[0], found[0]))
-    ),
-    "the entropy is dropped": Mistake(joint, "weights", after(lambda found: (found[0], 0 * found[1]))),
-    "the entropy has the wrong sign": Mistake(joint, "weights", after(lambda found: (found[0], -found[1]))),
-    "a chord starts at the wrong end": Mistake(
-        joint, "chords", lambda real: lambda *given: other_chord(real, *given, tangent=False)
-    ),
-    "a chord is a tangent": Mistake(
-        joint, "chords", lambda real: lambda *given: other_chord(real, *given, tangent=True)
-    ),
-    "the extremum inside is forgotten": Mistake(joint, "tangent", lambda real: ends_only),
-    "maximum and minimum of the tangent are exchanged": Mistake(
-        joint, "tangent", before(lambda k, low, high, sign: (k, low, high, -1))
-    ),
-    "the tangent of ln has the wrong sign": Mistake(
-        joint, "forms", changed_forms(lambda rows: -2 * rows.k.exp()[:, 1] * rows.s)
-    ),
-    "the tangent of ln lacks its -1": Mistake(joint, "forms", changed_forms(lambda rows: rows.k.exp()[:, 1])),
-    "the reference class is dropped": Mistake(
-        joint, "forms", lambda real: lambda rows, size: no_reference(real, rows, size)
-    ),
-    "multipliers take the nearer end": Mistake(
-        joint,
-        "forms",
-        changed_forms(
-            lambda rows: -(rows.cut * rows.k.exp().mean(1, keepdim=True) * rows.near.diff(dim=1)[:, 0]).abs().sum(1)
-        ),
-    ),
-    "teacher and student are exchanged": Mistake(
-        joint, "forms", after(lambda found: [found[place] for place in (1, 0, 2)])
-    ),
-    "phases push the wrong way": Mistake(
-        joint, "dual", after(lambda dual: linear.Dual(dual.slopes, {k: -push for k, push in dual.push.items()}))
-    ),
-    "eq. (11) takes the wrong end": Mistake(
-        joint.Row, "apart", before(lambda rows: (replace(rows, range=rows.range[:, [0, 1, 3, 2]]),))
-    ),
-    "the range of m takes one side twice": Mistake(
-        domains,
-        "log_odds_range",
-        lambda real: lambda highest, label: (real(highest, label)[0], real(highest.mT, label)[1]),
-    ),
-    "the range of z_j - z_r is turned round": Mistake(
-        joint, "near_range", before(lambda highest, ref: (highest.mT, ref))
-    ),
-    "the order of the pair is exchanged in L": Mistake(
-        joint, "all_rows", before(lambda roots, logits: (exchanged(roots, "highest"), logits))
-    ),
-    "ranges of U and L are exchanged": Mistake(
-        joint, "all_rows", before(lambda roots, logits: (exchanged(roots, "odds"), logits))
-    ),
-    # parts of the ball
-    "one order of a pair is left out": Mistake(alone, "apart", after(lambda found: found[:, [0, 0]])),
-    "on is off": Mistake(
-        domains, "halve", after(lambda found: replace(found, phases=domains.mapped(torch.neg, found.phases)))
-    ),
-    "a half is cut too far": Mistake(
-        domains, "halve", lambda real: lambda parts, splits: low_half(real(parts, splits), splits)
-    ),
-    "an input is halved at 0": Mistake(
-        domains, "halve", lambda real: lambda parts, splits: at_zero(parts, real(parts, splits), splits)
-    ),
-    "the input's boxes are other domains'": Mistake(
-        domains,
-        "ball_of",
-        lambda real: (
-            lambda root, parts: tuple(end.flip(0) for end in parts.input) if parts.input else real(root, parts)
-        ),
-    ),
-    "a domain that is nearly empty is dropped": Mistake(
-        domains, "meet", lambda real: lambda low, high: (*real(low, high)[:2], low > high - 0.3)
-    ),
-    "another image's ball": Mistake(
-        domains,
-        "ball_of",
-        lambda real: lambda root, parts: parts.input or tuple(end[0 * parts.image] for end in root.bounds[0]),
-    ),
-    "the range of a tree is its smallest": Mistake(
-        alone,
-        "ranges",
-        lambda real: (
-            lambda trees, images: [
-                (alone.over(tree, tree.low, images, "amin"), alone.over(tree, tree.high, images, "amin"))
-                for tree in trees
-            ]
-        ),
-    ),
-    "differences of a tree are its smallest": Mistake(
-        alone,
-        "narrowed",
-        lambda real: (
-            lambda roots, trees: tuple(
-                replace(root, highest=alone.over(tree, tree.highest, len(root.highest), "amin"))
-                for root, tree in zip(real(roots, trees), trees, strict=True)
-            )
-        ),
-    ),
-    "one half of a tree's split is lost": Mistake(alone, "rebox", after(first_half), HERE),
-    "a network whose turn it is not loses its tree": Mistake(
-        alone,
-        "grow",
-        lambda real: (
-            lambda root, tree, busy, *rest: (
-                (tree[torch.zeros(len(tree.low), dtype=torch.bool)], tree.domains.image[:0])
-                if not busy.any()
-                else real(root, tree, busy, *rest)
-            )
-        ),
-    ),
-    "up and down are exchanged": Mistake(
-        alone, "backward", after(lambda found: torch.cat(found.chunk(2, 1)[::-1], 1)), HERE
-    ),
-    # branch and bound
-    "the bound is the smallest leaf": Mistake(search.Leaves, "upper", lambda real: property(smallest_leaf)),
-    "closed rows are forgotten": Mistake(
-        search, "close", lambda real: lambda leaves, tolerance: replace(real(leaves, tolerance), closed=leaves.closed)
-    ),
-    "one half of a split is lost": Mistake(search, "rebox", after(first_half), HERE),
-    "rows not worth a descent are lost": Mistake(
-        search,
-        "split",
-        lambda real: lambda roots, leaves, chosen: no_rows(leaves, real(roots, leaves, chosen), old=False),
-    ),
-    "rows that were not split are lost": Mistake(
-        search,
-        "split",
-        lambda real: lambda roots, leaves, chosen: no_rows(leaves, real(roots, leaves, chosen), old=True),
-    ),
-    "one half of a cut is lost": Mistake(
-        search, "halve_rows", lambda real: lambda *given: (half := real(*given)[: len(given[2].value)]).join(half)
-    ),
-    "a difference is cut at the wrong end": Mistake(
-        search, "halve_rows", lambda real: lambda *given: empty_upper_part(real(*given), given[3])
-    ),
-    "a new reference class keeps the old one's range": Mistake(
-        search,
-        "refer",
-        lambda real: (
-            lambda roots, parts, rows, which, to: same_range(rows, real(roots, parts, rows, which, to), which, to)
-        ),
-    ),
-    "the other network's range is narrowed": Mistake(
-        search,
-        "narrow",
-        lambda real: (
-            lambda roots, parts, rows, network: replace(
-                real(roots, parts, replace(rows, order=1 - rows.order), network), order=rows.order
-            )
-        ),
-    ),
-    "what is inherited is another order's": Mistake(
-        search, "inherit", before(lambda roots, leaves: (exchanged(roots, "odds"), leaves))
-    ),
-    "a corner outside the ball is a witness": Mistake(
-        search,
-        "witness",
-        lambda real: lambda pair, leaves, *rest: replace(real(pair, wider(leaves), *rest), reach=leaves.reach),
-    ),
+    "a wide pool is flat": instead(MaxPool2d, "chord", flat_where_wide),
+    "no slack for rounding": instead(operators, "gamma", lambda _, terms: 0.0),
     "nothing ever underflows": Mistake(operators, "TINY", lambda real: 0.0),
-    "a wide ReLU is flat": Mistake(
-        ReLU, "triangle", lambda real: lambda low, high: (high / (high - low) * 1.0, *real(low, high)[1:])
-    ),
-    "a wide pool is flat": Mistake(
-        MaxPool2d,
-        "chord",
-        lambda real: lambda low, high: (real(low, high)[0], *flat_where_wide(*real(low, high)[1:], high)),
-    ),
-    "each piece is the first one": Mistake(
+    # one network
+    "rows above and below are exchanged": before(Elementwise, "transpose", lines_exchanged),
+    "the shift is dropped": before(Lines, "constant", lambda line, above, below: (line, 0 * above, below)),
+    "the bias is dropped": instead(Affine, "constant", lambda _, operator, rows: 0.0),
+    "the ball has no radius": instead(linear, "over_ball", one_sided),
+    "lower ends are not turned round": instead(linear, "refine", turned),
+    "differences are taken the other way round": after(linear, "difference_rows", lambda f: (-f[0], f[1])),
+    "a box's differences use one end twice": before(linear, "box_differences", lambda lower, upper: (upper, upper)),
+    "each piece is the first one": instead(
         linear,
         "difference_rows",
-        lambda real: lambda classes, numbers=None: real(classes, None if numbers is None else numbers - numbers[0]),
+        lambda real, classes, some=None: real(classes, None if some is None else some - some[0]),
     ),
-    "the inner ball is rounded outwards": Mistake(
-        graph, "inner_ball", lambda real: lambda x, eps, clip=None: (x - eps * (1 + 1e-15), x + eps * (1 + 1e-15))
+    "the inner ball is rounded outwards": instead(
+        graph, "inner_ball", lambda _, x, eps, clip=None: (x - eps * (1 + 1e-15), x + eps * (1 + 1e-15))
     ),
-    "a witness is never moved": Mistake(
-        search,
-        "witness",
-        lambda real: lambda pair, leaves, *rest: replace(real(pair, leaves, *rest), witnesses=leaves.witnesses),
+    # softmax and what both networks share
+    "lowest and highest differences are exchanged": after(softmax, "softmax_interval", lambda f: (f[0], f[0])),
+    "the entropy is dropped": after(joint, "weights", lambda f: (f[0], 0 * f[1])),
+    "the entropy has the wrong sign": after(joint, "weights", lambda f: (f[0], -f[1])),
+    "a chord starts at the wrong end": instead(joint, "chords", other_chord),
+    "a chord is a tangent": instead(joint, "chords", partial(other_chord, tangent=True)),
+    "the extremum inside is forgotten": instead(joint, "tangent", ends_only),
+    "maximum and minimum of the tangent are exchanged": before(
+        joint, "tangent", lambda k, low, high, sign: (k, low, high, -1)
+    ),
+    "the tangent of ln has the wrong sign": other_constant(lambda rows: -2 * rows.k.exp()[:, 1] * rows.s),
+    "the tangent of ln lacks its -1": other_constant(lambda rows: rows.k.exp()[:, 1]),
+    "multipliers take the nearer end": other_constant(
+        lambda rows: -(rows.cut * rows.k.exp().mean(1, keepdim=True) * rows.near.diff(dim=1)[:, 0]).abs().sum(1)
+    ),
+    "the reference class is dropped": instead(joint, "forms", no_reference),
+    "teacher and student are exchanged": after(joint, "forms", lambda f: (f[1], f[0], f[2])),
+    "phases push the wrong way": after(
+        joint, "dual", lambda dual: replace(dual, push={k: -push for k, push in dual.push.items()})
+    ),
+    "eq. (11) takes the wrong end": before(
+        joint.Row, "apart", lambda rows: (replace(rows, range=rows.range[:, [0, 1, 3, 2]]),)
+    ),
+    "the range of m takes one side twice": instead(
+        domains, "log_odds_range", lambda real, d, label: (real(d, label)[0], real(d.mT, label)[1])
+    ),
+    "the range of z_j - z_r is turned round": before(joint, "near_range", lambda highest, ref: (highest.mT, ref)),
+    "the order of the pair is exchanged in L": before(
+        joint, "all_rows", lambda roots, logits: (exchanged(roots, "highest"), logits)
+    ),
+    "ranges of U and L are exchanged": before(
+        joint, "all_rows", lambda roots, logits: (exchanged(roots, "odds"), logits)
+    ),
+    # parts of the ball
+    "on is off": after(domains, "halve", lambda f: replace(f, phases=domains.mapped(torch.neg, f.phases))),
+    "a half is cut too far": instead(domains, "halve", low_half),
+    "an input is halved at 0": instead(domains, "halve", at_zero),
+    "the input's boxes are other domains'": instead(
+        domains,
+        "ball_of",
+        lambda real, r, parts: tuple(e.flip(0) for e in parts.input) if parts.input else real(r, parts),
+    ),
+    "a domain that is nearly empty is dropped": instead(
+        domains, "meet", lambda real, low, high: (*real(low, high)[:2], low > high - 0.3)
+    ),
+    "another image's ball": instead(
+        domains, "ball_of", lambda _, r, parts: parts.input or tuple(end[0 * parts.image] for end in r.bounds[0])
+    ),
+    # each network alone
+    "one order of a pair is left out": after(alone, "apart", lambda found: found[:, [0, 0]]),
+    "the range of a tree is its smallest": instead(
+        alone, "ranges", lambda _, *of: [*zip(smallest_over("low", *of), smallest_over("high", *of), strict=True)]
+    ),
+    "differences of a tree are its smallest": instead(alone, "narrowed", smallest_differences),
+    "one half of a tree's split is lost": after(alone, "rebox", first_half, here=True),
+    "a network whose turn it is not loses its tree": instead(alone, "grow", lost_tree),
+    "up and down are exchanged": after(alone, "backward", lambda f: torch.cat(f.chunk(2, 1)[::-1], 1), here=True),
+    # branch and bound
+    "the bound is the smallest leaf": Mistake(search.Leaves, "upper", lambda real: property(smallest_leaf)),
+    "closed rows are forgotten": instead(
+        search, "close", lambda real, leaves, tolerance: replace(real(leaves, tolerance), closed=leaves.closed)
+    ),
+    "one half of a split is lost": after(search, "rebox", first_half, here=True),
+    "rows not worth a descent are lost": instead(search, "split", no_rows),
+    "rows that were not split are lost": instead(search, "split", partial(no_rows, old=True)),
+    "one half of a cut is lost": instead(
+        search, "halve_rows", lambda real, rows, found: (half := real(rows, found)[: len(rows.value)]).join(half)
+    ),
+    "a difference is cut at the wrong end": instead(search, "halve_rows", empty_upper_part),
+    "the other network's range is narrowed": instead(search, "narrow", other_network),
+    "what is inherited is another order's": before(
+        search, "inherit", lambda roots, leaves: (exchanged(roots, "odds"), leaves)
+    ),
+    "a corner outside the ball is a witness": instead(search, "witness", out_of_reach),
+    "a witness is never moved": instead(
+        search, "witness", lambda real, pair, leaves, *at: replace(real(pair, leaves, *at), witnesses=leaves.witnesses)
     ),
     # the ends
-    "agreement forgives a small disagreement": Mistake(
-        agreement, "only", before(lambda highest, label: (highest - 0.5, label))
+    "agreement forgives a small disagreement": before(agreement, "only", lambda highest, label: (highest - 0.5, label)),
+    "agreement confuses winner and rival": before(agreement, "only", lambda highest, label: (highest.mT, label)),
+    "agreement looks at one rival": instead(
+        agreement, "only", lambda _, d, label: (d < 0).any(1).scatter(1, label[:, None], True).sum(1) > 1
     ),
-    "agreement confuses winner and rival": Mistake(
-        agreement, "only", before(lambda highest, label: (highest.mT, label))
+    "agreement asks the teacher only": instead(
+        agreement, "keeps", lambda real, root, label, asked, nodes: asked if root.q else real(root, label, asked, nodes)
     ),
-    "agreement looks at one rival": Mistake(
-        agreement,
-        "only",
-        lambda real: lambda highest, label: (highest < 0).any(1).scatter(1, label[:, None], True).sum(1) > 1,
+    "agreement is claimed when the nodes run out": instead(
+        agreement, "keeps", lambda _, root, label, asked, nodes: asked
     ),
-    "agreement asks the teacher only": Mistake(
-        agreement,
-        "keeps",
-        lambda real: lambda root, label, asked, nodes: asked if root.q else real(root, label, asked, nodes),
-    ),
-    "agreement is claimed when the nodes run out": Mistake(
-        agreement, "keeps", lambda real: lambda root, label, asked, nodes: asked
-    ),
-    "what is not finite is certified": Mistake(methods, "of_pair", after(certified)),
+    "what is not finite is certified": after(methods, "of_pair", certified),
     "each method stands alone": Mistake(
         torch.Tensor, "cummin", lambda real: lambda table, _: SimpleNamespace(values=table)
     ),
-    "the largest rung but one": Mistake(
-        methods,
-        "shared",
-        after(lambda found: found | ({"rungs": found["rungs"] | {"bab": found["lower"]}} if "lower" in found else {})),
-    ),
+    "the largest rung but one": after(methods, "shared", not_below),
 }
 
 
-def plant(monkeypatch, owner, name, wrap, where=""):
+def plant(monkeypatch, owner, name, change, here=False):
     """Replace what is called so, also where other modules have imported it."""
     kept = vars(owner).get(name, getattr(owner, name))
     real = getattr(owner, name)
-    new = wrap(real)
+    new = change(real)
     monkeypatch.setattr(owner, name, staticmethod(new) if isinstance(kept, staticmethod) else new)
-    if not isinstance(owner, type) and not where:
+    if not isinstance(owner, type) and not here:
         for module in [module for path, module in sys.modules.items() if path.startswith("faithkd.bounds")]:
             if vars(module).get(name) is real:
                 monkeypatch.setattr(module, name, new)
