@@ -183,15 +183,19 @@ class Smooth(Elementwise):
     def steepness(self, box: Box, sign: int) -> Tensor:
         """A slope for the line above, or below where `sign` is -1."""
         (lower, upper), half = box, self.POINTS // 2
-        width, share = (upper - lower).unsqueeze(-1), torch.linspace(0, 1, self.POINTS).to(lower)
-        values = sign * self(lower.unsqueeze(-1) + width * share)
-        left, right = values[..., :half].unsqueeze(-1), values[..., half + 1 :].unsqueeze(-2)
-        chords = (right - left) / (share[half + 1 :] - share[:half].unsqueeze(1))
-        top, which = (left + chords * (0.5 - share[:half].unsqueeze(1))).flatten(-2).max(-1)
-        chord = sign * chords.flatten(-2).gather(-1, which.unsqueeze(-1)) / width
-        # the middle is on the hull itself, or rounding is all that a chord says
-        tangent = (top <= values[..., half]) | (width.squeeze(-1) < 1e-6)
-        return torch.where(tangent, self.slope((lower + upper) / 2), chord.squeeze(-1))
+        width, share = upper - lower, torch.linspace(-0.5, 0.5, self.POINTS).to(lower)
+        values = sign * self((lower + upper).unsqueeze(-1) / 2 + width.unsqueeze(-1) * share)
+        left, middle, right = values.tensor_split([half, half + 1], -1)
+        least = ((right - middle) / share[half + 1 :]).amax(-1)  # of slopes, by the width, of lines through the middle
+        most = ((left - middle) / share[:half]).amin(-1)
+        tangent = sign * width * self.slope((lower + upper) / 2)
+        # the hull's edge over the middle is the chord that is highest there
+        chords = (right.unsqueeze(-2) - left.unsqueeze(-1)) / (share[half + 1 :] - share[:half].unsqueeze(1))
+        which = (left.unsqueeze(-1) - chords * share[:half].unsqueeze(1)).flatten(-2).argmax(-1, keepdim=True)
+        chord = chords.flatten(-2).gather(-1, which).squeeze(-1)
+        found = torch.where(least <= most, torch.minimum(torch.maximum(tangent, least), most), chord)
+        # of a narrow box rounding is all that differences say
+        return sign * torch.where(width < 1e-6, tangent, found) / width.clamp(min=1e-300)
 
     def size(self, box: Box, steep: Tensor | float) -> Tensor:
         """Of the numbers that a line's constant is computed from."""

@@ -293,8 +293,7 @@ def build(network: Network, integer: bool) -> Program:
 
 def between(operator: Operator, y: cp.Variable, z: cp.Variable) -> tuple[list[cp.Constraint], Setter]:
     """below z + low <= y <= above z + high, the lines of an operator on single numbers."""
-    below, above = cp.Parameter(y.size, nonneg=True), cp.Parameter(y.size, nonneg=True)
-    low, high = cp.Parameter(y.size), cp.Parameter(y.size)
+    below, above, low, high = (cp.Parameter(y.size) for _ in range(4))
 
     def setter(lower, upper):
         line = operator.relax((lower, upper))
