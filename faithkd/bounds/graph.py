@@ -87,7 +87,15 @@ def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
             f"{name} returns {('N', *logits)} for images of shape {tuple(shape)}; "
             "bounds need logits of shape (N, C) with C >= 2 classes"
         )
-    return behind_pools([Node(*node) for node in nodes], shapes)
+    return behind_pools(*used([Node(*node) for node in nodes], shapes))
+
+
+def used(nodes: list[Node], shapes: list[Shape]) -> tuple[list[Node], list[Shape]]:
+    """Only the nodes that the last one depends on."""
+    kept = Network(tuple(nodes), tuple(shapes)).before(len(nodes))
+    places = {0: 0} | {k + 1: place for place, k in enumerate(kept, 1)}
+    nodes = [replace(nodes[k], inputs=tuple(places[place] for place in nodes[k].inputs)) for k in kept]
+    return nodes, [shapes[place] for place in places]
 
 
 def behind_pools(nodes: list[Node], shapes: list[Shape]) -> Network:

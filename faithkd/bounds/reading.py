@@ -358,7 +358,8 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
     images = torch.zeros(batch, *shape, dtype=torch.float64)
     paths = {id(module): path for path, module in network.named_modules()}
     recorder = Recorder(builder, images, lambda: position(inner_frames(), paths, name))
-    with own_settings(), torch.no_grad(), Precision(torch.float64):
+    # torch's own warnings are about parts of it that this network happens to use
+    with own_settings(), torch.no_grad(), Precision(torch.float64), warnings.catch_warnings(action="ignore"):
         try:
             with recorder:
                 logits = network(images)
@@ -367,15 +368,16 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
         except Exception as problem:  # whatever the network's own code raises
             frames = [frame for frame, _ in traceback.walk_tb(problem.__traceback__)]
             where, text = position(frames[::-1], paths, name), str(problem).strip().partition("\n")[0]
+            hint = " (is nn.Flatten() missing before it?)" if where.endswith("(Linear)") else ""
             raise FaithkdError(
-                f"{where} does not fit images of shape {shape}, or cannot be traced: {text}"
+                f"{where}{hint} does not fit images of shape {shape}, or cannot be traced: {text}"
             ) from problem
         softmax, last = recorder.softmaxes.get(id(logits), ("", recorder.known.get(id(logits), (None, None))[1]))
         if isinstance(last, FaithkdError):
             raise last
         if last is None:
             raise FaithkdError(f"{name} does not return one tensor of logits that depend on the image")
-        compare(builder, last, network, name, bool(softmax))
+        compare(builder, last, network, name, softmax.strip("_"))
     if softmax and "log" not in softmax:  # which the softmax of its logarithm gives back
         warnings.warn(f"{name} ends in a softmax; it is taken off, bounds take the softmax of logits", stacklevel=4)
     return builder.nodes[:last], builder.shapes[: last + 1]
@@ -434,14 +436,14 @@ def position(frames: Iterable[FrameType], paths: dict[int, str], name: str) -> s
     return f"{name}{layer or ''}{line or ''}"
 
 
-def compare(builder: Builder, last: Place, network: nn.Module, name: str, softmax: bool) -> None:
+def compare(builder: Builder, last: Place, network: nn.Module, name: str, softmax: str) -> None:
     """Refuse operators that compute something else than their module, as where values depend on more than the image."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.rand(builder.batch, *builder.shapes[0], dtype=torch.float64, generator=generator) * 2 - 1]
     expected = network(values[0].clone())
     for operator, inputs in builder.nodes[:last]:
         values.append(operator(*(values[place] for place in inputs)))
-    found = values[-1].softmax(1) if softmax else values[-1]
+    found = getattr(torch, softmax)(values[-1], 1) if softmax else values[-1]
     if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
         raise FaithkdError(
             f"{name}: what was read of it computes something else than it does; does its forward change values in "
