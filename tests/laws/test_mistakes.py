@@ -66,6 +66,16 @@ def signed_radius(operator, box):
     return operator(middle) - radius, operator(middle) + radius
 
 
+def ends_of_curve(curve, slope, box, sign):
+    return torch.stack([sign * (curve(end) - slope * end) for end in box]).amax(0)
+
+
+def last_reader(pick, rows, shape):
+    flat = rows.new_zeros(len(rows), torch.Size(shape).numel() + 1)
+    flat[:, pick.index.flatten()] = rows.flatten(1)
+    return flat[:, :-1].unflatten(1, shape)
+
+
 def low_chord(best, slope, shift, low):
     first = low.gather(2, best).squeeze(2)
     return best, slope, torch.where(slope == 1, shift, first - slope * first)
@@ -223,9 +233,17 @@ MISTAKES = {
     "a sum forgets its second part": Mistake(
         layers.Add, "transpose", lambda real: lambda add, rows, *_: ([rows, 0 * rows], 0.0)
     ),
-    "the line above tanh is too low": Mistake(
-        layers.SShaped, "relax", after(lambda line: replace(line, high=line.high - 0.05))
+    "the line above a curve is too low": Mistake(
+        layers.Smooth, "relax", after(lambda line: replace(line, high=line.high - 0.05))
     ),
+    "a curve is highest at an end": Mistake(layers.Smooth, "most", lambda real: ends_of_curve),
+    "a curve bends the other way": Mistake(
+        layers.Smooth, "most", lambda real: lambda curve, *rest: real(replace(curve, convex=not curve.convex), *rest)
+    ),
+    "padding is the last number": Mistake(
+        layers.Pick, "product", lambda real: lambda pick, z, *_: z.flatten(1)[:, pick.index]
+    ),
+    "a number that is repeated counts once": Mistake(layers.Pick, "back", lambda real: last_reader),
     "a mean is transposed as a sum": Mistake(
         layers.AvgPool2d, "back", lambda real: lambda pool, rows, shape: pool.terms * Affine.back(pool, rows, shape)
     ),
@@ -510,7 +528,7 @@ def of_operators():
     for name, (operator, *_) in test_operators.OPERATORS.items():
         test_operators.test_boxes_and_lines_hold(name)
         test_operators.test_transposes(name)
-        if not isinstance(operator, layers.SShaped):
+        if not isinstance(operator, layers.Smooth):
             test_operators.test_rounding_goes_outwards(name, 1e8)
 
 
