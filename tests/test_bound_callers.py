@@ -115,13 +115,13 @@ READ = {
     "subclass of Linear": lambda network, layer: network.__setitem__(0, Layer(3, 4)),
     "forward": lambda network, layer: Forward(*network),
     "call": lambda network, layer: Called(*network),
+    "own forward": own_forward,
 }
 REFUSED = {
-    "own forward": (own_forward, "does not fit"),
     "meta": (lambda network, layer: network.to("meta"), "on the meta device"),
     "sparse": (weighs(torch.Tensor.to_sparse), "sparse"),
     "complex": (weighs(lambda weight: weight + 0j), "not a real"),
-    "no weight": (lambda network, layer: delattr(layer, "weight"), "no weight"),
+    "no weight": (lambda network, layer: delattr(layer, "weight"), "no attribute 'weight'"),
     "subclass of Tensor": (weighs(lambda weight: weight.as_subclass(Weight)), "cannot be traced"),
 }
 
@@ -186,10 +186,10 @@ def test_what_draws_at_random_is_refused():
 
 
 def test_a_wrong_reading_is_noticed(monkeypatch):
-    """Whatever torch.export may get wrong: the graph is compared with its module before it is used."""
+    """Whatever may be read wrongly: the graph is compared with its module before it is used."""
     monkeypatch.setitem(reading.OPERATIONS, "relu", reading.same)
     network, good = Forward(nn.Linear(3, 50), nn.ReLU(), nn.Linear(50, 3)), nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(FaithkdError, match=r"teacher: what torch.export reads"):
+    with pytest.raises(FaithkdError, match=r"teacher: what was read of it"):
         bound(network, good, torch.rand(2, 3), 0.1, "crown")
 
 

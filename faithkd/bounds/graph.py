@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from faithkd import arguments
 from faithkd.bounds.operators import MaxPool2d, Operator, ReLU, Shape
-from faithkd.bounds.reading import read
+from faithkd.bounds.reading import as_module, read
 from faithkd.errors import FaithkdError
 
 
@@ -44,7 +44,11 @@ class Network:
     @functools.cached_property
     def single(self) -> "Network":
         """The same network in float32: twice as fast, for looking around, never for a bound."""
-        return replace(self, nodes=tuple(Node(node.operator.rough(), node.inputs) for node in self.nodes))
+        return self.to(torch.float32)
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Network":
+        """The same in another precision, or on another device."""
+        return replace(self, nodes=tuple(Node(node.operator.to(dtype, device), node.inputs) for node in self.nodes))
 
     def place(self, k: int) -> int:
         """The place that node k reads first."""
@@ -75,7 +79,7 @@ def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
 
     Raises FaithkdError, with the layer's position, for anything that cannot be bounded.
     """
-    arguments.network(network, name)
+    arguments.network(as_module(network)[0], name)
     nodes, shapes = read(network, shape, name)
     logits = shapes[-1]
     if len(logits) != 1 or logits[0] < 2:
@@ -83,7 +87,15 @@ def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
             f"{name} returns {('N', *logits)} for images of shape {tuple(shape)}; "
             "bounds need logits of shape (N, C) with C >= 2 classes"
         )
-    return behind_pools([Node(*node) for node in nodes], shapes)
+    return behind_pools(*used([Node(*node) for node in nodes], shapes))
+
+
+def used(nodes: list[Node], shapes: list[Shape]) -> tuple[list[Node], list[Shape]]:
+    """Only the nodes that the last one depends on."""
+    kept = Network(tuple(nodes), tuple(shapes)).before(len(nodes))
+    places = {0: 0} | {k + 1: place for place, k in enumerate(kept, 1)}
+    nodes = [replace(nodes[k], inputs=tuple(places[place] for place in nodes[k].inputs)) for k in kept]
+    return nodes, [shapes[place] for place in places]
 
 
 def behind_pools(nodes: list[Node], shapes: list[Shape]) -> Network:

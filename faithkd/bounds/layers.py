@@ -1,15 +1,30 @@
-"""Operators of networks past the paper's. A new kind is one class here, one line in the tables of `reading`, and one in
+"""Operators of networks past the paper's. A new kind is one class here, one line in the table of `reading`, and one in
 tests/laws.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faithkd.bounds.operators import TINY, Affine, Elementwise, Lines, Operator, finite, gamma, largest, pair, vars_of
+from faithkd.bounds.operators import (
+    TINY,
+    Affine,
+    Box,
+    Elementwise,
+    Lines,
+    Operator,
+    finite,
+    gamma,
+    largest,
+    pair,
+    vars_of,
+)
+from faithkd.errors import FaithkdError
 
 
 @dataclass(eq=False)
@@ -29,6 +44,20 @@ class AvgPool2d(Affine):
 
     def product(self, z, weight, bias):
         return F.avg_pool2d(z, *vars_of(self))
+
+
+@dataclass(eq=False)
+class Sums(Affine):
+    """Any linear `function` without negative coefficients: means and sums of any numbers, at most `terms` in each."""
+
+    function: Callable[[Tensor], Tensor]
+    terms: int
+
+    def __post_init__(self) -> None:
+        self.products = self.terms
+
+    def product(self, z, weight, bias):
+        return self.function(z)
 
 
 @dataclass(eq=False)
@@ -54,6 +83,33 @@ class Scale(Affine):
         return (rows * self.bias).flatten(2).sum(2)
 
 
+@dataclass(eq=False)
+class Pick(Affine):
+    """Numbers of an image at other places, some left out or repeated: `index`, of the output's shape, says which of the
+    flat input each one is, -1 for a 0. Nothing is computed.
+    """
+
+    index: Tensor
+    mixes = False
+
+    def __post_init__(self) -> None:
+        self.terms = self.products = int(self.index[self.index >= 0].bincount().amax()) if self.index.amax() >= 0 else 1
+
+    def product(self, z, weight, bias):
+        return F.pad(z.flatten(1), (0, 1))[:, self.index]
+
+    def back(self, rows, shape):
+        flat = rows.new_zeros(len(rows), math.prod(shape) + 1)
+        index = self.index.flatten().remainder(flat.shape[1])
+        return flat.index_add(1, index, rows.flatten(1))[:, :-1].unflatten(1, shape)
+
+    def interval(self, box):
+        return self(box[0]), self(box[1])
+
+    def relax(self, box):
+        return Lines() if self.terms == 1 else super().relax(box)  # rows on a number that is repeated are added up
+
+
 class Add(Operator):
     """y = z + z': a row goes to both of them as it is, so that nothing is rounded."""
 
@@ -76,35 +132,121 @@ class Add(Operator):
 
 
 @dataclass(eq=False)
-class SShaped(Elementwise):
-    """Tanh and sigmoid: convex up to 0, concave from there, with the largest slope at 0."""
+class Smooth(Elementwise):
+    """y = f(z) for an f that is by turns convex and concave, number by number, whether or not it grows everywhere.
 
-    name: str  # "tanh" or "sigmoid"
-    ULPS = 2.0**-48  # absolute: what torch's values and slopes may be off by, many times over
+    `turns`: where it changes, `convex`: whether it is so before the first turn (a kink may only stand at a turn behind
+    which f is straight); `off`: how far torch's f may be from it.
+
+    Any slope s makes a line: the constant above is the largest g(z) = f(z) - s z. On a convex piece that is at an end.
+    On a concave one, halving finds t < t' with g growing at t and falling at t'. Up to t then g(z) <= g(t), from t' on
+    g(z) <= g(t'), and between them g lies below its tangent at t, g(t) + g'(t) (t' - t). For the line below take -f.
+    The slope is that of the hull of f, at some points, over the middle of the box: the least area between line and f.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    turns: tuple[float, ...] = ()
+    convex: bool = True
+    off: float = 0.0
+    ULPS = 2.0**-48  # what torch's values and slopes may be off by, many times over, of all numbers that take part
+    HALVINGS = 20  # squared in the error: 10^-12 times the box's squared width
+    POINTS = 17
 
     def __call__(self, z):
-        return getattr(torch, self.name)(z)
+        return self.function(z)
 
     def slope(self, z: Tensor) -> Tensor:
         """f'(z)."""
-        y = self(z)
-        return 1 - y * y if self.name == "tanh" else y * (1 - y)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self(z).sum(), z)[0]
+
+    def most(self, slope: Tensor, box: Box, sign: int) -> Tensor:
+        """Never below the largest sign (f(z) - slope z) in the box, but for rounding."""
+
+        def g(z: Tensor) -> Tensor:
+            return sign * (self(z) - slope * z)
+
+        edges = [box[0], *(box[0].new_tensor(turn).clamp(*box) for turn in self.turns), box[1]]
+        found = torch.stack([g(edge) for edge in edges]).amax(0)
+        for number, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            if ((number % 2 == 0) == self.convex) == (sign > 0):
+                continue  # sign f is convex here
+            for _ in range(self.HALVINGS):
+                middle = (a + b) / 2
+                grows = sign * (self.slope(middle) - slope) > 0
+                a, b = torch.where(grows, middle, a), torch.where(grows, b, middle)
+            rise = (sign * (self.slope(a) - slope)).clamp(min=0) * (b - a)
+            found = torch.maximum(found, torch.maximum(g(a) + rise, g(b)))
+        return found
+
+    def steepness(self, box: Box, sign: int) -> Tensor:
+        """A slope for the line above, or below where `sign` is -1."""
+        (lower, upper), half = box, self.POINTS // 2
+        width, share = upper - lower, torch.linspace(-0.5, 0.5, self.POINTS).to(lower)
+        values = sign * self((lower + upper).unsqueeze(-1) / 2 + width.unsqueeze(-1) * share)
+        left, middle, right = values.tensor_split([half, half + 1], -1)
+        least = ((right - middle) / share[half + 1 :]).amax(-1)  # of slopes, by the width, of lines through the middle
+        most = ((left - middle) / share[:half]).amin(-1)
+        tangent = sign * width * self.slope((lower + upper) / 2)
+        # the hull's edge over the middle is the chord that is highest there
+        chords = (right.unsqueeze(-2) - left.unsqueeze(-1)) / (share[half + 1 :] - share[:half].unsqueeze(1))
+        which = (left.unsqueeze(-1) - chords * share[:half].unsqueeze(1)).flatten(-2).argmax(-1, keepdim=True)
+        chord = chords.flatten(-2).gather(-1, which).squeeze(-1)
+        found = torch.where(least <= most, torch.minimum(torch.maximum(tangent, least), most), chord)
+        # of a narrow box rounding is all that differences say
+        return sign * torch.where(width < 1e-6, tangent, found) / width.clamp(min=1e-300)
+
+    def size(self, box: Box, steep: Tensor | float) -> Tensor:
+        """Of the numbers that a line's constant is computed from."""
+        return 1 + sum(self(end).abs() for end in box) + (1 + steep) * largest(*box)
 
     def interval(self, box):
-        return self(box[0]) - self.ULPS, self(box[1]) + self.ULPS
+        low, high = (sign * self.most(0.0, box, sign) for sign in (-1, 1))
+        slack = self.ULPS * self.size(box, 0.0) + self.off
+        return finite(low - slack, high + slack)
 
     def relax(self, box):
-        lower, upper = box
-        ends, middle = (self(lower), self(upper)), (lower + upper) / 2
-        # f' is nowhere smaller than at one of the ends, so lines of that slope hold from either end on
-        gentle = torch.minimum(self.slope(lower), self.slope(upper))
-        chord = ((ends[1] - ends[0]) / (upper - lower)).nan_to_num(0.0).clamp(0, 1)
-        tangent = self.slope(middle)
-        below = torch.where(lower >= 0, chord, torch.where(upper <= 0, tangent, gentle))
-        above = torch.where(upper <= 0, chord, torch.where(lower >= 0, tangent, gentle))
-        points = torch.stack([lower, upper, middle])
-        rest_below, rest_above = (torch.stack([*ends, self(middle)]) - slope * points for slope in (below, above))
-        # a chord and a gentle line touch at an end, a tangent in the middle, where it is extreme
-        low, high = rest_below.amin(0), rest_above.amax(0)
-        noise = gamma(math.prod(lower.shape[1:])) * 2 * (1 + largest(lower, upper)) + self.ULPS * (1 + upper - lower)
+        below, above = (self.steepness(box, sign) for sign in (-1, 1))
+        low, high = -self.most(below, box, -1), self.most(above, box, 1)
+        noise = (2 * gamma(math.prod(low.shape[1:])) + self.ULPS) * self.size(box, below.abs() + above.abs()) + self.off
         return Lines(*(part.unsqueeze(1) for part in (noise, high + noise, above, below)), None, low.unsqueeze(1))
+
+
+def elu(z: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    """scale z, and scale alpha (exp(input_scale z) - 1) below 0: ELU, SELU and CELU, as torch has it."""
+    return scale * torch.where(z > 0, z, alpha * torch.expm1(input_scale * z.clamp(max=0)))
+
+
+def positive(**numbers: float) -> None:
+    """Refuse settings with which a curve turns otherwise."""
+    for name, number in numbers.items():
+        if number <= 0:
+            raise FaithkdError(f"{name} must be > 0, not {number}")
+
+
+def elu_of(alpha=1.0, scale=1.0, input_scale=1.0) -> Smooth:
+    positive(alpha=alpha, scale=scale, input_scale=input_scale)
+    return Smooth(partial(elu, alpha=alpha, scale=scale, input_scale=input_scale), (0.0,))
+
+
+def softplus_of(beta=1.0, threshold=20.0) -> Smooth:
+    positive(beta=beta)  # torch says z past the threshold, which is less by ln(1 + exp(-beta z)) / beta
+    return Smooth(partial(F.softplus, beta=beta, threshold=threshold), off=math.exp(-threshold) / beta)
+
+
+def gelu_of(approximate="none") -> Smooth:
+    turn = 1.41850400879082836 if approximate == "tanh" else math.sqrt(2)
+    return Smooth(partial(F.gelu, approximate=approximate), (-turn, turn), convex=False)
+
+
+CURVES = {  # by torch's name: what takes the rest of its arguments
+    "tanh": lambda: Smooth(torch.tanh, (0.0,)),
+    "sigmoid": lambda: Smooth(torch.sigmoid, (0.0,)),
+    "silu": lambda: Smooth(F.silu, (-2.39935728051546766, 2.39935728051546766), convex=False),
+    "mish": lambda: Smooth(F.mish, (-2.25637639636079312, 1.49057117948542846), convex=False),
+    "gelu": gelu_of,
+    "elu": elu_of,
+    "celu": lambda alpha=1.0: elu_of(alpha, 1.0, 1 / alpha),
+    "softplus": softplus_of,
+}

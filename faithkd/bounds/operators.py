@@ -123,15 +123,16 @@ class Operator:
     def check(self, *shapes: Shape) -> None:
         """Refuse inputs of these shapes."""
         if self.dims is not None and any(len(shape) != self.dims for shape in shapes):
-            kind = "a flat vector (put nn.Flatten() before it)" if self.dims == 1 else "(channels, height, width)"
-            raise FaithkdError(f"{type(self).__name__} needs {kind}, but gets an input of shape {shapes[0]}")
+            raise FaithkdError(
+                f"{type(self).__name__} needs (channels, height, width), but gets an input of shape {shapes[0]}"
+            )
 
-    def rough(self) -> "Operator":
-        """The same in float32."""
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Operator":
+        """The same in another precision, or on another device."""
         other = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(other, name, value.float())
+            if isinstance(value, Tensor):  # whole numbers are places, and stay so
+                setattr(other, name, value.to(device, dtype if value.is_floating_point() else None))
         return other
 
 
@@ -185,11 +186,10 @@ class Affine(Operator):
 
 @dataclass(eq=False)
 class Linear(Affine):
-    """y = W z + b."""
+    """y = W z + b, of the last dimension where there are several."""
 
     weight: Tensor
     bias: Tensor | None = None
-    dims = 1
 
     def __post_init__(self) -> None:
         self.terms, self.products = self.weight[0].numel(), self.weight.numel()
@@ -199,6 +199,11 @@ class Linear(Affine):
 
     def back(self, rows, shape):
         return rows @ self.weight
+
+    def constant(self, rows):
+        return (
+            0.0 if self.bias is None else rows.flatten(2, -2).sum(2) @ self.bias if rows.ndim > 3 else rows @ self.bias
+        )
 
 
 @dataclass(eq=False)
@@ -328,8 +333,6 @@ class MaxPool2d(Operator):
 
     def check(self, shape):
         super().check(shape)
-        if self.ceil_mode:
-            raise FaithkdError("max-pooling with ceil_mode is not supported")
         if (self.windows(shape) < 0).all(dim=0).any():
             raise FaithkdError("a window of a max-pool covers only padding, its maximum is -infinity")
 
@@ -338,11 +341,16 @@ class MaxPool2d(Operator):
 
         `(window size, output places)`, the same for all channels.
         """
-        _, height, width = shape
-        down, across = pair(self.padding)
-        places = torch.arange(height * width, dtype=torch.float64).view(1, 1, height, width)
-        places = F.pad(places, (across, across, down, down), value=-1)
-        return F.unfold(places, pair(self.kernel_size), pair(self.dilation), 0, pair(self.stride))[0].long()
+        places = torch.arange(math.prod(shape[1:]), dtype=torch.float64).view(1, 1, *shape[1:])
+        kernel, stride, dilation, padding = (
+            pair(part) for part in (self.kernel_size, self.stride, self.dilation, self.padding)
+        )
+        # with ceil_mode the last windows end past the padding
+        count = self(places).shape[2:]
+        ends = [s * (n - 1) + d * (k - 1) + 1 for s, n, d, k in zip(stride, count, dilation, kernel, strict=True)]
+        more = [max(end - p, n + p) - n for end, p, n in zip(ends, padding, shape[1:], strict=True)]
+        places = F.pad(places, (padding[1], more[1], padding[0], more[0]), value=-1)
+        return F.unfold(places, kernel, dilation, 0, stride)[0].long()
 
     def boxes(self, lower: Tensor, upper: Tensor) -> Box:
         """Boxes of the inputs in each window, `(N, channels, window, outputs)` twice; -inf where there is padding."""

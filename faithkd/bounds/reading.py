@@ -1,21 +1,33 @@
-"""From a torch module to operators: a `torch.nn.Sequential` of known layers is read layer by layer; of everything else
-`torch.export` makes a graph of operations (some seconds for the first one).
+"""From any module to operators: it runs once, and every tensor operation on what depends on the image is read.
 
-The two tables are the only place that knows kinds of layers.
+What runs are torch's core operations, whatever forward calls: layers, functions, views, a graph of torch.fx or of
+`torch.export`. OPERATIONS is the only place that knows their names. What was read is compared with the module before
+it is used.
 """
 
-import copy
+import itertools
+import linecache
 import math
+import sys
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from faithkd.bounds.layers import Add, AvgPool2d, Scale, SShaped
-from faithkd.bounds.operators import Conv2d, Linear, MaxPool2d, Operator, ReLU, Shape, View
+import faithkd
+from faithkd.bounds.layers import CURVES, Add, AvgPool2d, Pick, Scale, Sums
+from faithkd.bounds.operators import Conv2d, Linear, MaxPool2d, Operator, ReLU, Shape, View, pair
 from faithkd.errors import FaithkdError
+from faithkd.frozen import Precision, own_settings
+
+LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, faithkd.__file__))  # not the caller's own code
 
 
 class Place(int):
@@ -25,8 +37,8 @@ class Place(int):
 class Builder:
     """Collects nodes; what does not fit is an error that says `where`."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.nodes, self.shapes, self.where = [], [tuple(shape)], ""
+    def __init__(self, shape: Shape, batch: int = 2) -> None:
+        self.nodes, self.shapes, self.where, self.batch = [], [tuple(shape)], "", batch
 
     def add(self, operator: Operator, *inputs: int) -> Place:
         """The place of a new node's output."""
@@ -49,24 +61,23 @@ class Builder:
         shape, parts = self.shapes[z], []
         for part in (weight, bias, size):
             part = None if part is None else torch.as_tensor(part, dtype=torch.float64)
-            if part is not None and part.ndim > len(shape):
-                part = part.squeeze(0)
+            if part is not None and part.ndim > len(shape) and (part == part[:1]).all():
+                part = part[0]
             if isinstance(weight, Place) or part is not None and torch.broadcast_shapes(part.shape, shape) != shape:
                 raise FaithkdError(f"{self.where}: only numbers can be multiplied by, or added to, an image's values")
             parts.append(part)
         return self.add(Scale(*parts), z)
 
     def apply(self, name: str, after: Shape | None, *arguments, **options) -> Place:
-        """The place of what an operation of OPERATIONS makes of its arguments; the shape `after`, where it is known."""
+        """The place of what an operation of OPERATIONS makes of its arguments; the shape `after`, where it is known.
+
+        A list of places where the operation returns a list.
+        """
         if name not in OPERATIONS:
-            layers = ", ".join(layer.__name__ for layer in LAYERS)
-            raise FaithkdError(
-                f"{self.where}: there is no bound for {name}; known are the layers {layers} and the operations "
-                f"{', '.join(OPERATIONS)}"
-            )
+            raise FaithkdError(f"{self.where}: there is no bound for {name}; known are {', '.join(OPERATIONS)}")
         try:
             place = OPERATIONS[name](self, after, *arguments, **options)
-        except TypeError as problem:
+        except (TypeError, RuntimeError) as problem:
             raise FaithkdError(f"{self.where}: {name} with these arguments cannot be bounded ({problem})") from problem
         except FaithkdError as problem:
             told = str(problem).startswith(self.where)
@@ -81,50 +92,110 @@ def simple(operator: type, builder: Builder, after: Shape, z: Place, *arguments,
     return builder.add(operator(*arguments, **options), z)
 
 
+def same(builder: Builder, after: Shape, z: Place, *_, **__) -> Place:
+    return z
+
+
 def view(builder: Builder, after: Shape | None, z: Place, *dims, **__) -> Place:
     if after is None:
         batch, *after = torch.empty(1, *builder.shapes[z]).flatten(*dims).shape
         if batch != 1 or dims != (1, -1):
             raise FaithkdError(f"{builder.where} must have start_dim=1, end_dim=-1 (an image, nothing of the batch)")
-    return builder.add(View(tuple(after)), z)
+    return z if after == builder.shapes[z] else builder.add(View(tuple(after)), z)
 
 
-def same(builder: Builder, after: Shape, z: Place, *_, **__) -> Place:
-    return z
+def moved(name: str, builder: Builder, after: Shape | None, *arguments, **options) -> Place | list[Place]:
+    """What only moves numbers, of one place or several, and puts constants beside them: each of them gets a number, and
+    where these are afterwards says it all.
+    """
+    starts, total = {}, 0
+    for part in tree_leaves((arguments, options)):
+        if isinstance(part, Place) and part not in starts:
+            starts[part], total = total, total + math.prod(builder.shapes[part])
+
+    def run(numbered: bool) -> list[Tensor]:
+        def instead(part):
+            if not isinstance(part, Place):
+                return part
+            start, shape = starts[part] + 1, builder.shapes[part]
+            image = torch.arange(start, start + math.prod(shape), dtype=torch.float64).view(shape)
+            return torch.stack([image + total * number for number in range(builder.batch)]) * numbered
+
+        made = getattr(torch.ops.aten, name)(*tree_map(instead, arguments), **tree_map(instead, options))
+        return [made] if isinstance(made, Tensor) else list(made)
+
+    places = []
+    for constant, mixed in zip(run(False), run(True), strict=True):
+        first, *others = (mixed - constant).long()
+        alike = all(torch.equal(first + total * n * (first > 0), other) for n, other in enumerate(others, 1))
+        if not alike or len(others) + 1 != builder.batch or not (constant == constant[:1]).all():
+            raise FaithkdError(f"{name} mixes the images of a batch")
+        parts = []
+        for place, start in starts.items():
+            index = first - start - 1
+            index = index.masked_fill((index < 0) | (index >= math.prod(builder.shapes[place])), -1)
+            if (index >= 0).any():
+                parts.append(builder.add(Pick(index), place))
+        if not parts:
+            raise FaithkdError(f"nothing that {name} returns depends on the image")
+        sum_ = parts[0]
+        for part in parts[1:]:
+            sum_ = builder.add(Add(), sum_, part)
+        places.append(builder.scale(sum_, bias=constant[0]) if constant.any() else sum_)
+    return places[0] if len(places) == 1 and name not in LISTS else places
 
 
-def dropout(builder: Builder, after: Shape, z: Place, share: float = 0.5, training: bool = False) -> Place:
-    if training and share:
-        raise FaithkdError(f"{builder.where}: dropout draws at random here; pass training=self.training")
-    return z
+def expanded(builder: Builder, after: Shape | None, z: Place) -> Place:
+    return z if after in (None, builder.shapes[z]) else moved("expand", builder, after, z, [builder.batch, *after])
 
 
-def add(builder: Builder, after: Shape, first, second, alpha=1) -> Place:
+def add(builder: Builder, after: Shape | None, first, second, alpha=1) -> Place:
     if isinstance(first, Place) and isinstance(second, Place):
+        first, second = expanded(builder, after, first), expanded(builder, after, second)
         return builder.add(Add(), first, second if alpha == 1 else builder.scale(second, alpha))
     if isinstance(first, Place):
-        return builder.scale(first, bias=second * alpha)
-    return builder.scale(second, alpha, first)
+        return builder.scale(expanded(builder, after, first), bias=second * alpha)
+    return builder.scale(expanded(builder, after, second), alpha, first)
 
 
-def multiply(builder: Builder, after: Shape, first, second) -> Place:
-    return builder.scale(*((first, second) if isinstance(first, Place) else (second, first)))
+def multiply(builder: Builder, after: Shape | None, first, second) -> Place:
+    z, weight = (first, second) if isinstance(first, Place) else (second, first)
+    return builder.scale(expanded(builder, after, z), weight)
 
 
-def divide(builder: Builder, after: Shape, first, second) -> Place:
+def divide(builder: Builder, after: Shape | None, first, second) -> Place:
     if isinstance(second, Place):
-        raise FaithkdError(f"{builder.where}: only numbers can divide an image's values")
-    return builder.scale(first, 1 / second)
+        raise FaithkdError("only numbers can divide an image's values")
+    return builder.scale(expanded(builder, after, first), 1 / second)
 
 
-def leaky_relu(builder: Builder, after: Shape, z: Place, slope: float = 0.01) -> Place:
-    """slope z + (1 - slope) relu(z), which loses nothing: all bounds of ReLU are its own."""
-    return add(builder, after, builder.scale(z, slope), builder.scale(builder.add(ReLU(), z), 1 - slope))
+def matmul(builder: Builder, after: Shape | None, z, weight, bias=None) -> Place:
+    if not isinstance(z, Place) or isinstance(weight, Place) or weight.ndim != 2:
+        raise FaithkdError("only a matrix of numbers can be multiplied by, from the right")
+    return builder.add(Linear(weight.T, bias), z)
+
+
+def convolution(
+    builder, after, z: Place, weight, bias=None, stride=1, padding=0, dilation=1, transposed=False, output=0, groups=1
+) -> Place:
+    if transposed or weight.ndim not in (3, 4):
+        raise FaithkdError("of convolutions only those over one or two dimensions can be bounded, not transposed ones")
+    if weight.ndim == 4:
+        return builder.add(Conv2d(weight, bias, stride, padding, dilation, groups), z)
+    stride, padding, dilation = (
+        part if isinstance(part, str) else (number, pair(part)[0])
+        for number, part in ((1, stride), (0, padding), (1, dilation))
+    )
+    channels, length = builder.shapes[z]
+    flat = builder.add(View((channels, 1, length)), z)
+    made = builder.add(Conv2d(weight.unsqueeze(2), bias, stride, padding, dilation, groups), flat)
+    return builder.add(View((len(weight), builder.shapes[made][2])), made)
 
 
 def batch_norm(builder, after, z: Place, weight, bias, mean, variance, training, momentum, eps, *_) -> Place:
+    """weight (z - mean) / sqrt(variance + eps) + bias as one product and sum; `Scale` has room for its rounding."""
     if training or mean is None:
-        raise FaithkdError(f"{builder.where}: batch normalisation needs its running statistics")
+        raise FaithkdError("batch normalisation needs its running statistics")
     weight = torch.ones_like(mean) if weight is None else weight
     bias = torch.zeros_like(mean) if bias is None else bias
     weight = weight / (variance + eps).sqrt()
@@ -132,152 +203,249 @@ def batch_norm(builder, after, z: Place, weight, bias, mean, variance, training,
     return builder.scale(z, *(part.view(-1, *[1] * (len(builder.shapes[z]) - 1)) for part in parts))
 
 
+def leaky_relu(builder: Builder, after: Shape, z: Place, slope: float | Tensor = 0.01) -> Place:
+    """slope z + (1 - slope) relu(z), which loses nothing: all bounds of ReLU are its own."""
+    return add(builder, None, builder.scale(z, slope), builder.scale(builder.add(ReLU(), z), 1 - slope))
+
+
+def clamp(builder: Builder, after: Shape, z: Place, low=None, high=None) -> Place:
+    """low + relu(z - low), then high - relu(high - z): two ReLUs, each with its phases."""
+    if low is not None:
+        z = builder.add(ReLU(), builder.scale(z, bias=-low) if low else z)
+        z = builder.scale(z, bias=low) if low else z
+    if high is not None:
+        z = builder.scale(builder.add(ReLU(), builder.scale(z, -1.0, high)), -1.0, high)
+    return z
+
+
+def mean(function, builder: Builder, after: Shape, z: Place, dims=None, keepdim=False, **_) -> Place:
+    dims = sorted(dim % (len(builder.shapes[z]) + 1) for dim in dims or [0])
+    if 0 in dims:
+        raise FaithkdError(f"{function.__name__} mixes the images of a batch")
+    terms = math.prod(builder.shapes[z][dim - 1] for dim in dims)
+    return builder.add(Sums(partial(function, dim=dims, keepdim=keepdim), terms), z)
+
+
 def adaptive_avg_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place:
-    before = builder.shapes[z]
-    if any(here % there for here, there in zip(before[1:], after[1:], strict=True)):
-        raise FaithkdError(f"{builder.where}: adaptive pooling from {before} to {after} has windows of unequal size")
-    return builder.add(AvgPool2d(tuple(here // there for here, there in zip(before[1:], after[1:], strict=True))), z)
+    pool = partial(nn.functional.adaptive_avg_pool2d, output_size=size)
+    return builder.add(Sums(pool, math.prod(builder.shapes[z][1:])), z)
 
 
+def adaptive_max_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place:
+    before = builder.shapes[z][1:]
+    if any(here % there for here, there in zip(before, pair(size), strict=True)):
+        raise FaithkdError(f"adaptive max-pooling from {before} to {pair(size)} has windows of unequal size")
+    return builder.add(MaxPool2d(tuple(here // there for here, there in zip(before, pair(size), strict=True))), z)
+
+
+LISTS = ("split", "split_with_sizes", "unbind")
+MOVES = (
+    *("permute", "transpose", "slice", "select", "narrow", "index", "index_select", "flip", "roll", "expand", "repeat"),
+    *("cat", "stack", "constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "replication_pad1d"),
+    *("replication_pad2d", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "upsample_nearest2d", *LISTS),
+)
+VIEWS = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 OPERATIONS = {  # torch's operations by name
     "linear": partial(simple, Linear),
-    "conv2d": partial(simple, Conv2d),
+    **dict.fromkeys(("matmul", "mm"), matmul),
+    "addmm": lambda builder, after, bias, z, weight: matmul(builder, after, z, weight, bias),
+    **dict.fromkeys(("conv1d", "conv2d"), lambda *given: convolution(*given[:8], groups=(*given[8:], 1)[0])),
+    "convolution": convolution,
+    **dict.fromkeys(("batch_norm", "native_batch_norm"), batch_norm),
     "avg_pool2d": partial(simple, AvgPool2d),
-    "max_pool2d": partial(simple, MaxPool2d),
+    **dict.fromkeys(("max_pool2d", "max_pool2d_with_indices"), partial(simple, MaxPool2d)),
+    **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), adaptive_avg_pool2d),
+    "adaptive_max_pool2d": adaptive_max_pool2d,
+    "mean": partial(mean, torch.mean),
+    "sum": partial(mean, torch.sum),
     "relu": partial(simple, ReLU),
-    "tanh": partial(simple, partial(SShaped, "tanh")),
-    "sigmoid": partial(simple, partial(SShaped, "sigmoid")),
-    "matmul": lambda builder, after, z, weight: builder.add(Linear(weight.T), z),
-    "adaptive_avg_pool2d": adaptive_avg_pool2d,
-    "batch_norm": batch_norm,
-    "leaky_relu": leaky_relu,
+    **dict.fromkeys(("leaky_relu", "prelu", "_prelu_kernel"), leaky_relu),
+    "clamp": clamp,
+    "clamp_min": clamp,
+    "clamp_max": lambda builder, after, z, high: clamp(builder, after, z, None, high),
+    "hardtanh": lambda builder, after, z, low=-1, high=1: clamp(builder, after, z, low, high),
+    "relu6": lambda builder, after, z: clamp(builder, after, z, 0, 6),
+    **{name: partial(simple, curve) for name, curve in CURVES.items()},
     "add": add,
     "sub": lambda builder, after, first, second, alpha=1: add(builder, after, first, second, -alpha),
+    "rsub": lambda builder, after, first, second, alpha=1: add(builder, after, second, first, -alpha),
+    "neg": lambda builder, after, z: builder.scale(z, -1.0),
     "mul": multiply,
     "div": divide,
-    **dict.fromkeys(("flatten", "view", "reshape", "unflatten", "squeeze", "unsqueeze"), view),
-    "dropout": dropout,
-    **dict.fromkeys(("alias", "clone", "contiguous", "detach"), same),
+    **{name: partial(moved, name) for name in MOVES},
+    **dict.fromkeys(VIEWS, view),
+    **dict.fromkeys(("alias", "clone", "contiguous", "detach", "_to_copy", "lift_fresh"), same),
 }
-LAYERS = {  # layers that need no tracing: their operation, and which of their attributes it takes
-    nn.Linear: ("linear", "weight bias"),
-    nn.Conv2d: ("conv2d", "weight bias stride padding dilation groups"),
-    nn.ReLU: ("relu", ""),
-    nn.MaxPool2d: ("max_pool2d", "kernel_size stride padding dilation ceil_mode"),
-    nn.AvgPool2d: ("avg_pool2d", "kernel_size stride padding ceil_mode count_include_pad divisor_override"),
-    nn.BatchNorm1d: ("batch_norm", "weight bias running_mean running_var training momentum eps"),
-    nn.BatchNorm2d: ("batch_norm", "weight bias running_mean running_var training momentum eps"),
-    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
-    nn.Tanh: ("tanh", ""),
-    nn.Sigmoid: ("sigmoid", ""),
-    nn.Flatten: ("flatten", "start_dim end_dim"),
-    nn.Dropout: ("dropout", ""),
-    nn.Identity: ("alias", ""),
-}
+SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+LAST = {"softmax", "_softmax", "log_softmax", "_log_softmax"}
 
 
-def layers(module: nn.Module, position: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """What a (nested) `nn.Sequential` consists of, each part with its position such as `2.0`."""
-    if type(module) is not nn.Sequential or hooked(module):
-        yield position.removesuffix("."), module
-        return
-    # not .children(): that leaves out a module object that is used twice
-    for key, part in module._modules.items():
-        yield from layers(part, f"{position}{key}.")
+class Recorder(TorchDispatchMode):
+    """Tells a builder what is done to all that depends on the image."""
+
+    def __init__(self, builder: Builder, image: Tensor, position: Callable[[], str]) -> None:
+        super().__init__()
+        self.builder, self.position = builder, position
+        # by id: the tensor, so that no other one gets its id, and its place, or the error of whoever needs it
+        self.known: dict[int, tuple[Tensor, Place | FaithkdError]] = {id(image): (image, Place(0))}
+        self.softmaxes: dict[int, tuple[str, Place]] = {}  # what is a softmax of a place, by id
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch's compiler is imported, which takes seconds
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options, name = options or {}, function.overloadpacket.__name__
+        made = function(*arguments, **options)
+        if torch.Tag.nondeterministic_seeded in function.tags:
+            raise FaithkdError(f"{self.position()}: {name} draws at random, in evaluation too")
+        given = [part for part in tree_leaves((arguments, options)) if id(part) in self.known]
+        if not given or name in SHAPES_ONLY:
+            return made
+        self.builder.where = self.position()
+        outputs = [part for part in tree_leaves(made) if isinstance(part, Tensor)]
+        problems = [problem for part in given if isinstance(problem := self.known[id(part)][1], FaithkdError)]
+        if problems and not outputs:
+            raise problems[0]
+        if function._schema.is_mutable:
+            self.forget_views(arguments[0])
+        try:
+            places = problems or self.places(name.removesuffix("_"), arguments, options, made, given)
+        except FaithkdError as problem:
+            places = [problem]
+        unread = FaithkdError(f"{self.builder.where}: only the first output of {name} can be bounded")
+        for part, place in itertools.zip_longest(outputs, places[: len(outputs)], fillvalue=unread):
+            self.known[id(part)] = part, place
+        return made
+
+    def places(self, name: str, arguments: tuple, options: dict, made, given: list[Tensor]) -> list[Place]:
+        """The places of an operation's outputs."""
+        arguments, options = tree_map(lambda part: self.known.get(id(part), (0, part))[1], (arguments, options))
+        if name in LAST and given[0].ndim == 2 and arguments[1] in (1, -1):
+            self.softmaxes[id(made)] = name, arguments[0]
+        if isinstance(made, list):
+            return self.builder.apply(name, None, *arguments, **options)
+        first, batch = made if isinstance(made, Tensor) else made[0], self.builder.batch
+        size, *after = first.shape or (0,)
+        if size % batch == 0 and (name in VIEWS or len(given[0]) != batch):
+            # parts of an image that stand beside those of others, as a linear layer has them
+            size, after = batch, after if size == batch else [size // batch, *after]
+        if size != batch or first.dtype != torch.float64:
+            what = "mixes the images of a batch" if size != batch else f"makes numbers of type {first.dtype}"
+            raise FaithkdError(f"{self.builder.where}: {name} {what}")
+        return [self.builder.apply(name, tuple(after), *arguments, **options)]
+
+    def forget_views(self, changed: Tensor) -> None:
+        """Of what an operation in place changes nothing is known any more where it has another name."""
+        if id(changed) not in self.known:
+            raise FaithkdError(f"{self.builder.where}: a constant is changed in place by what depends on the image")
+        problem = FaithkdError(f"{self.builder.where}: values are changed in place that are used again elsewhere")
+        for key, (part, _) in self.known.items():
+            if part is not changed and part.untyped_storage().data_ptr() == changed.untyped_storage().data_ptr():
+                self.known[key] = part, problem
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether something changes what the module's class computes: then its attributes are not all of it."""
-    changed = any(part in vars(module) for part in ("forward", "_call_impl", "_conv_forward", "_wrapped_call_impl"))
-    return changed or bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def plain(module: nn.Module) -> bool:
-    """Whether LAYERS says all of this layer."""
-    others = getattr(module, "padding_mode", "zeros") != "zeros" or getattr(module, "return_indices", False)
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    usual = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)  # a subclass may compute anything
-    return type(module) in LAYERS and not hooked(module) and not others and usual
-
-
-def read(network: nn.Module, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]], list[Shape]]:
+def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]], list[Shape]]:
     """The operators of a network for images of `shape`, each with the places that it reads, and all places' shapes.
 
-    All in float64 on the CPU, as in evaluation; the network is left alone. `name`: for errors.
+    All in float64 on the CPU, as in evaluation; the network is left alone. `name`: for errors. A softmax at the end is
+    taken off, with a warning: bounds are of the softmax of logits.
     """
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         raise FaithkdError(f"{name}: a forward hook on all modules is registered; remove it before asking for a bound")
-    parts, builder, last = list(layers(network)), Builder(shape), Place(0)
-    with torch.no_grad():
-        if all(plain(module) for _, module in parts):
-            for position, module in parts:
-                builder.where = f"{name}, layer {position} ({module})"
-                last = from_layer(builder, module, last)
-        else:
-            last = from_trace(builder, network, name)
+    network, batch = as_module(network)
+    network, builder = in_float64(network, {}, name), Builder(shape, batch)
+    images = torch.zeros(batch, *shape, dtype=torch.float64)
+    paths = {id(module): path for path, module in network.named_modules()}
+    recorder = Recorder(builder, images, lambda: position(inner_frames(), paths, name))
+    # torch's own warnings are about parts of it that this network happens to use
+    with own_settings(), torch.no_grad(), Precision(torch.float64), warnings.catch_warnings(action="ignore"):
+        try:
+            with recorder:
+                logits = network(images)
+        except FaithkdError:
+            raise
+        except Exception as problem:  # whatever the network's own code raises
+            frames = [frame for frame, _ in traceback.walk_tb(problem.__traceback__)]
+            where, text = position(frames[::-1], paths, name), str(problem).strip().partition("\n")[0]
+            hint = " (is nn.Flatten() missing before it?)" if where.endswith("(Linear)") else ""
+            raise FaithkdError(
+                f"{where}{hint} does not fit images of shape {shape}, or cannot be traced: {text}"
+            ) from problem
+        softmax, last = recorder.softmaxes.get(id(logits), ("", recorder.known.get(id(logits), (None, None))[1]))
+        if isinstance(last, FaithkdError):
+            raise last
+        if last is None:
+            raise FaithkdError(f"{name} does not return one tensor of logits that depend on the image")
+        compare(builder, last, network, name, softmax.strip("_"))
+    if softmax and "log" not in softmax:  # which the softmax of its logarithm gives back
+        warnings.warn(f"{name} ends in a softmax; it is taken off, bounds take the softmax of logits", stacklevel=4)
     return builder.nodes[:last], builder.shapes[: last + 1]
 
 
-def from_layer(builder: Builder, module: nn.Module, z: Place) -> Place:
-    """The place behind one layer of LAYERS."""
-    operation, names = LAYERS[type(module)]
-    arguments = []
-    for attribute in names.split():
-        value = attribute != "training" and getattr(module, attribute, None)
-        if attribute == "weight" and value is None and isinstance(module, nn.Linear | nn.Conv2d):
-            raise FaithkdError(f"{builder.where}: it has no weight")
-        tensor = isinstance(value, Tensor)
-        arguments.append(value.detach().to(device="cpu", dtype=torch.float64, copy=True) if tensor else value)
-    return builder.apply(operation, None, z, *arguments)
+def as_module(network) -> tuple[nn.Module, int]:
+    """A network as a module, and how many images it takes at once: an exported program may have a fixed number."""
+    if type(network).__name__ != "ExportedProgram":  # its class is in a part of torch that takes seconds to import
+        return network, 2
+    inputs = network.graph_signature.user_inputs
+    sizes = [node.meta["val"].shape[0] for node in network.graph.nodes if node.name in inputs]
+    return network.module(), sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else 2
 
 
-def from_trace(builder: Builder, network: nn.Module, name: str) -> Place:
-    """The place of the logits in the graph that `torch.export` makes of any module."""
-    batch = torch.zeros(2, *builder.shapes[0], dtype=torch.float64)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about parts of torch that this network happens to use
-            network = copy.deepcopy(network).to(device="cpu", dtype=torch.float64).eval().requires_grad_(False)
-            program = torch.export.export(network, (batch,))
-    except Exception as problem:  # whatever the network's own code raises
-        text = str(problem).strip().partition("\n")[0]
-        raise FaithkdError(f"{name} cannot be traced for images of shape {builder.shapes[0]}: {text}") from problem
-    signature, found = program.graph_signature, {}
-    stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    stored |= signature.inputs_to_lifted_tensor_constants
-    tensors = {**program.constants, **program.state_dict}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            found[node] = tensors[stored[node.name]] if node.name in stored else Place(0)
-        elif node.op == "call_function" and node.users:
-            arguments, options = torch.fx.map_arg((node.args, node.kwargs), found.__getitem__)
-            if not any(isinstance(found[part], Place) for part in node.all_input_nodes):
-                found[node] = node.target(*arguments, **options)  # of weights alone
-                continue
-            operation = getattr(node.target, "overloadpacket", node.target).__name__
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            builder.where = f"{name}, layer {stack[-1][0]}" if stack and stack[-1][0] else f"{name}, {operation}"
-            after = getattr(node.meta["val"], "shape", (0,))
-            if after[0] != 2:
-                raise FaithkdError(f"{builder.where}: {operation} mixes the images of a batch")
-            found[node] = builder.apply(operation.removesuffix("_"), tuple(after[1:]), *arguments, **options)
-    (logits,) = program.graph.output_node().args[0] or (None,)
-    if not isinstance(found.get(logits), Place):
-        raise FaithkdError(f"{name} does not return one tensor of logits that depend on the image")
-    compare(builder, found[logits], network, name)
-    return found[logits]
+def in_float64(module: nn.Module, made: dict[int, nn.Module], name: str) -> nn.Module:
+    """The module with all its tensors in float64 on the CPU, in evaluation; all else is shared with it, not copied."""
+
+    def converted(value):
+        if not isinstance(value, Tensor):
+            return value
+        if type(value) not in (Tensor, nn.Parameter):
+            raise FaithkdError(
+                f"{name} cannot be traced: a {type(value).__name__} among its weights may compute anything"
+            )
+        return value.detach().to("cpu", torch.float64 if value.is_floating_point() else None, copy=True)
+
+    if id(module) not in made:
+        made[id(module)] = copy = object.__new__(type(module))
+        for attribute, value in vars(module).items():
+            if attribute in ("_parameters", "_buffers"):
+                value = {key: converted(part) for key, part in value.items()}
+            elif attribute == "_modules":
+                value = {key: part if part is None else in_float64(part, made, name) for key, part in value.items()}
+            copy.__dict__[attribute] = converted(value)
+        copy.__dict__["training"] = False
+    return made[id(module)]
 
 
-def compare(builder: Builder, last: Place, network: nn.Module, name: str) -> None:
-    """Refuse a graph that computes something else than its module, as where values are changed in place or drawn."""
-    values = [
-        torch.rand(2, *builder.shapes[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ]
+def inner_frames() -> Iterator[FrameType]:
+    """The frames between `read` and here, from the innermost one on."""
+    frame = sys._getframe(1)
+    while frame.f_code is not read.__code__:
+        yield frame
+        frame = frame.f_back
+
+
+def position(frames: Iterable[FrameType], paths: dict[int, str], name: str) -> str:
+    """Which layer of a network computes in these frames, and the line of its author's code."""
+    layer = line = None
+    for frame in frames:
+        module, file = frame.f_locals.get("self"), frame.f_code.co_filename
+        if not layer and paths.get(id(module)):
+            layer = f", layer {paths[id(module)]} ({type(module).__name__})"
+        if not line and not file.startswith(LIBRARIES):
+            line = f" ({file}, line {frame.f_lineno}: {linecache.getline(file, frame.f_lineno).strip()})"
+    return f"{name}{layer or ''}{line or ''}"
+
+
+def compare(builder: Builder, last: Place, network: nn.Module, name: str, softmax: str) -> None:
+    """Refuse operators that compute something else than their module, as where values depend on more than the image."""
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.rand(builder.batch, *builder.shapes[0], dtype=torch.float64, generator=generator) * 2 - 1]
     expected = network(values[0].clone())
     for operator, inputs in builder.nodes[:last]:
         values.append(operator(*(values[place] for place in inputs)))
-    if not torch.allclose(values[-1], expected, rtol=1e-9, atol=1e-9):
+    found = getattr(torch, softmax)(values[-1], 1) if softmax else values[-1]
+    if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
         raise FaithkdError(
-            f"{name}: what torch.export reads of it computes something else than it does; does its forward change "
-            "values in place that it uses again, draw at random, or depend on anything but the image?"
+            f"{name}: what was read of it computes something else than it does; does its forward change values in "
+            "place that it uses again, draw at random, or depend on anything but the image?"
         )

@@ -57,6 +57,16 @@ def signed_radius(_, operator, box):
     return operator(middle) - radius, operator(middle) + radius
 
 
+def ends_of_curve(_, curve, slope, box, sign):
+    return torch.stack([sign * (curve(end) - slope * end) for end in box]).amax(0)
+
+
+def last_reader(_, pick, rows, shape):
+    flat = rows.new_zeros(len(rows), torch.Size(shape).numel() + 1)
+    flat[:, pick.index.flatten()] = rows.flatten(1)
+    return flat[:, :-1].unflatten(1, shape)
+
+
 def low_chord(real, low, high):
     best, slope, shift = real(low, high)
     first = low.gather(2, best).squeeze(2)
@@ -220,7 +230,15 @@ MISTAKES = {
     "a sum forgets its second part": instead(
         layers.Add, "transpose", lambda _, add, rows, *__: ([rows, 0 * rows], 0.0)
     ),
-    "the line above tanh is too low": after(layers.SShaped, "relax", lambda line: replace(line, high=line.high - 0.05)),
+    "the line above a curve is too low": after(
+        layers.Smooth, "relax", lambda line: replace(line, high=line.high - 0.05)
+    ),
+    "a curve is highest at an end": instead(layers.Smooth, "most", ends_of_curve),
+    "a curve bends the other way": instead(
+        layers.Smooth, "most", lambda real, curve, *rest: real(replace(curve, convex=not curve.convex), *rest)
+    ),
+    "padding is the last number": instead(layers.Pick, "product", lambda _, pick, z, *__: z.flatten(1)[:, pick.index]),
+    "a number that is repeated counts once": instead(layers.Pick, "back", last_reader),
     "a mean is transposed as a sum": instead(
         layers.AvgPool2d, "back", lambda _, pool, rows, shape: pool.terms * Affine.back(pool, rows, shape)
     ),
@@ -360,7 +378,7 @@ def of_operators():
     for name, (operator, *_) in test_operators.OPERATORS.items():
         test_operators.test_boxes_and_lines_hold(name)
         test_operators.test_transposes(name)
-        if not isinstance(operator, layers.SShaped):
+        if not isinstance(operator, layers.Smooth):
             test_operators.test_rounding_goes_outwards(name, 1e8)
 
 
