@@ -61,7 +61,10 @@ class Program(nn.Module):
         self.shape, self.first, self.last = shape, first, last
         self.weights = {name: f"weight {name.replace('.', '/')}" for name in weights}
         for name, weight in weights.items():
-            self.register_parameter(self.weights[name], nn.Parameter(weight, requires_grad=False))
+            if weight.is_floating_point():
+                self.register_parameter(self.weights[name], nn.Parameter(weight, requires_grad=False))
+            else:
+                self.register_buffer(self.weights[name], weight)
         self.places = [f"{number} {step.where.replace('.', '/')}" for number, step in enumerate(steps)]
         for place, step in zip(self.places, steps, strict=True):
             self.add_module(place, Operation(step))
