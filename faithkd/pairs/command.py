@@ -59,7 +59,9 @@ def bound(
         found, points[better] = found.maximum(upper.lower), upper.witnesses[better]
     if (found > upper.values + ROUNDING).any():
         raise FaithkdError("EmpLB is above FaithUB: one of them is wrong; please report it, with the files")
-    rows = list(zip(range(len(x)), found.tolist(), upper.values.tolist(), upper.status, upper.seconds.tolist(), strict=True))
+    rows = list(
+        zip(range(len(x)), found.tolist(), upper.values.tolist(), upper.status, upper.seconds.tolist(), strict=True)
+    )
     print("image   EmpLB  FaithUB  seconds  status")
     for number, low, high, status, seconds in rows:
         print(f"{number:>5}  {low:.4f}   {high:.4f}  {seconds:>7.3f}  {status}")

@@ -284,7 +284,9 @@ def parsed(path: Path):
         raise FaithkdError(f"{path}: this is no ONNX file, or it is cut or damaged; copy or export it again") from None
     except (onnx.checker.ValidationError, OSError, ValueError) as problem:
         text = first_line(problem)
-        beside = "; copy the file with its weights, .onnx.data, to the same folder" if "external" in text.lower() else ""
+        beside = (
+            "; copy the file with its weights, .onnx.data, to the same folder" if "external" in text.lower() else ""
+        )
         raise FaithkdError(f"{path}: {text or 'it is not valid'}{beside}") from problem
     return model
 
@@ -378,7 +380,7 @@ def compare(path: Path, program: Program, value, batch: int | None, off: str | N
     x[::2] = x[::2].sigmoid()  # half of them in [0, 1]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        parts = [session.run(None, {value.name: part.numpy().astype(dtype)})[0] for part in x.split(batch or POINTS)]
+        parts = [session.run(None, {value.name: part.numpy().astype(dtype)})[0] for part in x.split(batch or 1)]
     except Exception as problem:  # of its own kinds, which it does not export
         raise FaithkdError(f"{path}: onnxruntime cannot run it: {first_line(problem)}") from problem
     theirs = torch.from_numpy(np.concatenate(parts)).double()

@@ -50,7 +50,9 @@ def read(archive: zipfile.ZipFile) -> Program:
     root, model = file.split("/")[0], Path(file).stem
     content = json.loads(archive.read(file))
     if content["schema_version"]["major"] != SCHEMA:
-        raise FaithkdError(f"it is of format {content['schema_version']}, known is {SCHEMA}; save it with another torch")
+        raise FaithkdError(
+            f"it is of format {content['schema_version']}, known is {SCHEMA}; save it with another torch"
+        )
     stored = {}
     for kind in ("weights", "constants"):
         config = json.loads(archive.read(f"{root}/data/{kind}/{model}_{kind}_config.json"))["config"]

@@ -78,7 +78,9 @@ def write(product: Product, x: Tensor, path: Path) -> None:
     try:
         import onnxscript  # noqa: F401, which torch's exporter needs
     except ModuleNotFoundError as missing:
-        raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[onnx]' to write ONNX files") from None
+        raise FaithkdError(
+            f"{missing.name} is not installed: pip install 'faithkd[onnx]' to write ONNX files"
+        ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about parts of torch that the exporter happens to use
         torch.onnx.export(
