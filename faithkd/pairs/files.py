@@ -82,7 +82,7 @@ def report(networks: dict[str, Program], x: Tensor) -> list[str]:
         kinds = Counter(type(node.operator).__name__ for node in bounded.nodes)
         operators = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         count = sum(weight.numel() for weight in network.parameters())
-        lines.append(f"{name}: {count:,} parameters, images {network.shape}, {bounded.classes} classes; {operators}")
+        lines.append(f"{name}: {count:,} weights, images {network.shape}, {bounded.classes} classes; {operators}")
         with torch.no_grad():
             seen.append(torch.cat([bounded(part).softmax(1) for part in x.double().split(100)]).max(1))
     arguments.same_classes(*classes)

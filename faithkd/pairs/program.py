@@ -1,5 +1,6 @@
 """A network that was read from a file: torch functions in the file's order, its weights as parameters."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ class Name(str):
 
 @dataclass(frozen=True)
 class Step:
-    """One operation of a file: what it is called there, `function(*inputs, **options)`, and the names of its results."""
+    """One operation of a file: its kind and name there, `function(*inputs, **options)`, and its results' names."""
 
     where: str
     function: Callable
@@ -40,10 +41,6 @@ class Operation(nn.Module):
             raise FaithkdError(f"{self.step.where}: {first_line(problem)}") from problem
 
 
-def first_line(problem: Exception) -> str:
-    return str(problem).strip().partition("\n")[0]
-
-
 def filled(part: Any, values: Mapping) -> Any:
     """An input of a step, with values in place of names."""
     if isinstance(part, list):
@@ -51,37 +48,53 @@ def filled(part: Any, values: Mapping) -> Any:
     return values[part] if isinstance(part, Name) else part
 
 
+def first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0]
+
+
 class Program(nn.Module):
     """Steps from images `(N, *shape)` to logits `(N, C)`, for any N."""
 
-    def __init__(
-        self, shape: tuple[int, ...], first: str, last: str, steps: list[Step], weights: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, shape: tuple, first: str, last: str, steps: list[Step], weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.shape, self.first, self.last = shape, first, last
-        self.weights = {name: f"weight {name.replace('.', '/')}" for name in weights}
+        self.steps, self.weights, self.names = steps, weights, {}
         for name, weight in weights.items():
+            self.names[name] = f"weight {name.replace('.', '/')}"  # a dot would be a part's
             if weight.is_floating_point():
-                self.register_parameter(self.weights[name], nn.Parameter(weight, requires_grad=False))
+                self.register_parameter(self.names[name], nn.Parameter(weight, requires_grad=False))
             else:
-                self.register_buffer(self.weights[name], weight)
-        self.places = [f"{number} {step.where.replace('.', '/')}" for number, step in enumerate(steps)]
-        for place, step in zip(self.places, steps, strict=True):
-            self.add_module(place, Operation(step))
+                self.register_buffer(self.names[name], weight)
+        places = [f"{number} {step.where.replace('.', '/')}" for number, step in enumerate(steps)]
+        self.nodes = nn.ModuleDict(dict(zip(places, map(Operation, steps), strict=True)))
 
     def forward(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
             raise FaithkdError(f"it takes images of shape {self.shape}, not {tuple(x.shape[1:])}")
-        values = {name: getattr(self, attribute) for name, attribute in self.weights.items()} | {self.first: x}
-        for place in self.places:
-            operation = self.get_submodule(place)
+        values = {name: getattr(self, attribute) for name, attribute in self.names.items()} | {self.first: x}
+        for operation in self.nodes.values():
             found, names = operation(values), operation.step.results
             values.update(zip(names, found, strict=True) if len(names) > 1 else {names[0]: found})
         return values[self.last]
+
+    def without_softmax(self, path) -> "Program":
+        """The same without a softmax at its end, and a warning where there is one: f = softmax(g) is ours to take."""
+        if not self.steps or self.steps[-1].function not in SOFTMAXES or self.steps[-1].results != [self.last]:
+            return self
+        warnings.warn(f"{path}: its last softmax is taken off; bounds take the softmax of logits", stacklevel=4)
+        *steps, end = self.steps
+        return Program(self.shape, self.first, end.inputs[0], steps, self.weights).eval()
+
+
+def softmax(z: Tensor, *, axis: int = -1) -> Tensor:
+    return z.softmax(axis)
+
+
+SOFTMAXES = (softmax, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default)
 
 
 def resized(z: Tensor, size: list[int], batch: int | None) -> Tensor:
     """`z` in another shape; where a file fixes the batch and begins the shape with it, as many images as there are."""
     if batch is not None and len(size) > 1 and size[0] == batch:
-        size = [len(z), *size[1:]] if -1 in size[1:] else [-1, *size[1:]]
-    return torch.reshape(z, tuple(size))
+        size = [len(z), *size[1:]]
+    return z.reshape(size)

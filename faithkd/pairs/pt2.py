@@ -1,11 +1,12 @@
 """Files of `torch.export.save` as torch modules. torch.export.load unpickles and evaluates what stands in them; here
-nothing is: the graph is JSON, the weights are bytes, and an operation must be one of torch's that are known to bounds.
+nothing is: the graph is JSON, the weights are bytes, and an operation must be one of torch's own on tensors.
 """
 
 import json
 import operator
 import re
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faithkd.bounds.reading import OPERATIONS
 from faithkd.errors import FaithkdError
 from faithkd.pairs.program import Name, Program, Step, resized
 
 SCHEMA = 8  # the first part of the number of torch's file format, from torch 2.8 on
 DTYPES = {1: torch.uint8, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32, 8: torch.float64}
 DTYPES |= {12: torch.bool, 13: torch.bfloat16}
-OF_WEIGHTS = {"t", "transpose", "permute", "sym_size", "_to_copy", "expand"}  # what networks do to weights and sizes
 OF_SIZES = {f"_operator.{name}": getattr(operator, name) for name in ("add", "sub", "mul", "floordiv")}
-SETTINGS = ("as_memory_format", "as_device", "as_layout")  # arguments that change no value
+SETTINGS = {"as_memory_format", "as_device", "as_layout"}  # arguments that change no value
+PLAIN = {"as_int", "as_float", "as_bool", "as_string", "as_ints", "as_floats", "as_bools"}
 
 
 def load_pt2(path: str | Path) -> Program:
@@ -33,12 +33,12 @@ def load_pt2(path: str | Path) -> Program:
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            return read(archive)
+            return read(archive).without_softmax(path)
     except FileNotFoundError:
         raise FaithkdError(f"{path}: there is no such file") from None
     except FaithkdError as problem:
         raise FaithkdError(f"{path}: {problem}") from None
-    except (zipfile.BadZipFile, OSError, LookupError, TypeError, ValueError, RuntimeError) as problem:
+    except (zipfile.BadZipFile, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as problem:
         raise FaithkdError(
             f"{path}: this is no whole file of torch.export.save by torch 2.8 or later ({type(problem).__name__}: "
             f"{problem}); save it again: torch.export.save(torch.export.export(network.eval(), (x,)), path)"
@@ -90,37 +90,42 @@ def tensor(archive: zipfile.ZipFile, folder: str, name: str, entry: dict) -> Ten
 
 def step(node: dict, batch: int | None) -> Step:
     """One node of the graph."""
-    name, target, function = node.get("name") or "", node["target"], OF_SIZES.get(node["target"])
-    found = re.fullmatch(r"torch\.ops\.aten\.(\w+)\.(\w+)", target)
-    if function is None:
-        operation = found and found[1]
-        if not found or operation.removesuffix("_") not in {*OPERATIONS, *OF_WEIGHTS}:
-            raise FaithkdError(f"node {name!r} is {target}, which has no bound; known are {', '.join(OPERATIONS)}")
-        function = getattr(getattr(torch.ops.aten, operation), found[2])
-        if operation in ("view", "reshape"):
-            function = partial(resized, batch=batch)
-    given = [entry for entry in node["inputs"] if not entry["arg"].keys() & set(SETTINGS)]
+    given = [entry for entry in node["inputs"] if not SETTINGS & entry["arg"].keys()]
     inputs = [value(entry["arg"]) for entry in given if entry["kind"] == 1]
     options = {entry["name"]: value(entry["arg"]) for entry in given if entry["kind"] != 1}
     results = [value(entry) for entry in node["outputs"]]
     if isinstance(results[0], list):  # of one operation that returns several
         (results,) = results
-    return Step(f"{target.split('.')[-2]} {name}", function, inputs, options, results)
+    function = operation(node["target"], batch)
+    return Step(f"{node['target'].split('.')[-2]} {results[0]}", function, inputs, options, results)
+
+
+def operation(target: str, batch: int | None) -> Callable:
+    """What a node calls: one of torch's operations on tensors, none of which can do anything else."""
+    found = re.fullmatch(r"torch\.ops\.aten\.(_unsafe_view|[a-z]\w*)\.([A-Za-z]\w*)", target)
+    if target in OF_SIZES:
+        return OF_SIZES[target]
+    if not found:
+        raise FaithkdError(f"it calls {target}, which is none of torch's operations on tensors")
+    if found[1] in ("view", "reshape", "_unsafe_view"):
+        return partial(resized, batch=batch)
+    function = getattr(getattr(torch.ops.aten, found[1]), found[2])
+    if str(function._schema.arguments[0].type) not in ("Tensor", "List[Tensor]"):
+        raise FaithkdError(f"it calls {target}, which is none of torch's operations on tensors")
+    return function
 
 
 def value(entry: dict) -> Any:
     """An argument or a result: a name, a number, or a list of them."""
     ((kind, content),) = entry.items()
-    if kind in ("as_tensor", "as_name") or kind == "as_sym_int" and "as_name" in content:
-        return Name(content if kind == "as_name" else content.get("name") or content["as_name"])
-    if kind in ("as_tensors", "as_sym_ints"):
-        return [Name(each["name"]) if kind == "as_tensors" else value({"as_sym_int": each}) for each in content]
+    if kind in ("as_tensor", "as_tensors"):
+        return Name(content["name"]) if kind == "as_tensor" else [Name(each["name"]) for each in content]
+    if kind == "as_sym_ints":
+        return [value({"as_sym_int": each}) for each in content]
     if kind == "as_sym_int":
-        return content["as_int"]
+        return Name(content["as_name"]) if "as_name" in content else content["as_int"]
     if kind == "as_scalar_type":
         return DTYPES[content]
-    if kind in ("as_int", "as_float", "as_bool", "as_string", "as_ints", "as_floats", "as_bools"):
-        return content
-    if kind == "as_none":
-        return None
+    if kind in PLAIN or kind == "as_none":
+        return content if kind in PLAIN else None
     raise FaithkdError(f"an argument of kind {kind} cannot be read")
