@@ -16,29 +16,53 @@ from faithkd.pairs import onnx as reading
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {  # by the names that the graphs below use
     name: RANDOM.normal(size=shape).astype(np.float32)
-    for name, shape in {"w": (3, 32), "b": (3,), "k": (2, 2, 3, 3), "c": (2,), "left": (5, 16), "right": (32, 3)}.items()
+    for name, *shape in (
+        *(("w", 3, 32), ("b", 3), ("k", 2, 2, 3, 3), ("c", 2), ("left", 5, 16), ("right", 32, 3), ("four", 3, 8)),
+    )
 }
 WEIGHTS["v"] = WEIGHTS["c"] ** 2 + 0.5
 END = "f = Flatten(h) y = Gemm<transB=1>(f, w, b)"
 GRAPHS = {
-    "convolution with uneven padding": (13, "h = Conv<pads=[1,0,1,2]>(x, k, c)  f = Flatten(h) y = Gemm<transB=1>(f, w, b)"),
-    "same padding": (13, f'h = Conv<auto_pad="SAME_UPPER">(x, k) {END}'),
+    "convolution with uneven padding": (13, f"h = Conv<pads=[1,0,1,2]>(x, k, c) {END}"),
+    "same padding": (13, f'h = Conv<auto_pad="SAME_UPPER", strides=[3,2]>(x, k) {END.replace("f, w", "f, four")}'),
     "batch normalisation": (9, f"h = BatchNormalization(x, v, c, c, v) {END}"),
     "average of opset 19": (19, f"h = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], dilations=[1,1]>(x) {END}"),
     "maximum": (12, f"h = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(x) {END}"),
-    "means": (18, f"""p = GlobalAveragePool(x) q = ReduceMean(x, two) s = Add(p, q) h = Mul(x, s)
-        n = Neg(h) r = Sub(one, n) t = Div(r, three) {END.replace('h', 't', 1)}"""),
-    "activations": (13, f"i = LeakyRelu<alpha=0.2>(x) j = Elu(i) k1 = Tanh(j) l = Clip(k1, low, one) m = Softplus(l) h = Sigmoid(m) {END}"),
-    "old clip, pad and slice": (9, f"""i = Clip<min=-0.5, max=0.5>(x) j = Pad<pads=[0,0,1,0,0,0,0,1]>(i)
-        h = Slice<axes=[2,3], starts=[0,1], ends=[4,5]>(j) {END}"""),
+    "means": (
+        18,
+        f"""p = GlobalAveragePool(x) q = ReduceMean(x, two) s = Add(p, q) h = Mul(x, s) n = Neg(h) r = Sub(one, n)
+        t = Div(r, three) {END.replace("h", "t", 1)}""",
+    ),
+    "activations": (
+        13,
+        f"""i = LeakyRelu<alpha=0.2>(x) j = Elu(i) a = Tanh(j) l = Clip(a, low, one) m = Softplus(l)
+        h = Sigmoid(m) {END}""",
+    ),
+    "old clip, pad and slice": (
+        9,
+        f"""i = Clip<min=-0.5, max=0.5>(x) j = Pad<pads=[0,0,1,0,0,0,0,1]>(i)
+        h = Slice<axes=[2,3], starts=[0,1], ends=[4,5]>(j) {END}""",
+    ),
     "new pad and slice": (18, f"j = Pad(x, wide) h = Slice(j, zeros, fours, two) {END}"),
     "slopes": (16, f"h = PRelu(x, slope) {END}"),
     "swish": (13, f"s = Sigmoid(x) h = Mul(x, s) {END}"),
-    "shapes computed": (14, f"s = Shape(x) n = Gather(s, zero) u = Unsqueeze(n, axis) z = Concat<axis=0>(u, rest) r = Reshape<allowzero=1>(x, z) y = Gemm<transB=1, alpha=0.5, beta=2.0>(r, w, b)"),
-    "parts": (13, f"p, q = Split<axis=1>(x, ones) j = Concat<axis=1>(q, p) t = Transpose<perm=[0,1,3,2]>(j) h = Dropout(t) {END}"),
-    "columns": (11, "r = Reshape(x, tall) m = MatMul(left, r) g = Gather<axis=2>(m, zero) u = Unsqueeze<axes=[1]>(g) s = Squeeze<axes=[1]>(u) y = Add(s, g)"),
+    "shapes computed": (
+        14,
+        """s = Shape(x) n = Gather(s, zero) u = Unsqueeze(n, axis) z = Concat<axis=0>(u, rest)
+        r = Reshape<allowzero=1>(x, z) y = Gemm<transB=1, alpha=0.5, beta=2.0>(r, w, b)""",
+    ),
+    "parts": (
+        13,
+        f"""p, q = Split<axis=1>(x, ones) j = Concat<axis=1>(q, p) t = Transpose<perm=[0,1,3,2]>(j)
+        h = Dropout(t) {END}""",
+    ),
+    "columns": (
+        11,
+        """r = Reshape(x, tall) m = MatMul(left, r) g = Gather<axis=2>(m, zero) u = Unsqueeze<axes=[1]>(g)
+        s = Squeeze<axes=[1]>(u) y = Add(s, g)""",
+    ),
     "matrix and sum": (13, "f = Flatten(x) m = MatMul(f, right) n = Add(b, m) y = Identity(n)"),
-}  # fmt: skip
+}
 NUMBERS = {"zero": 0, "axis": [0], "rest": [32], "two": [2, 3], "zeros": [0, 1], "fours": [4, 5], "ones": [1, 1]}
 NUMBERS |= {"wide": [0, 0, 1, 0, 0, 0, 0, 1], "tall": [-1, 16, 2]}
 FLOATS = {"one": 1.0, "low": -0.5, "three": 3.0, "slope": [[[0.25]], [[-0.5]]]}
@@ -120,7 +144,8 @@ def test_damaged_files(tmp_path):
     (tmp_path / "cut.onnx").write_bytes(whole.read_bytes()[:-200])
     (tmp_path / "text.onnx").write_text("no network")
     (tmp_path / "empty.onnx").write_bytes(b"")
-    for name, told in {"missing": "no such file", "cut": "no whole", "text": "no whole", "empty": "no whole", "apart": "apart.data"}.items():
+    for name in ("missing", "cut", "text", "empty", "apart"):
+        told = {"missing": "no such file", "apart": "apart.data"}.get(name, "no whole ONNX file")
         with pytest.raises(faithkd.FaithkdError, match=told):
             faithkd.load_onnx(tmp_path / f"{name}.onnx")
 
@@ -146,7 +171,7 @@ class Residual(nn.Module):
 
 
 def test_a_question_for_others(tmp_path):
-    """The files say what the pair does; and torch's exporter wrote them, so that they are read back as its files are."""
+    """The files say what the pair does; as torch's exporter wrote them, its files are read back here too."""
     torch.manual_seed(0)
     pair = Residual().eval(), nn.Sequential(nn.Flatten(), nn.Linear(32, 3))
     x, eps = torch.rand(2, 2, 4, 4), 1e-5

@@ -194,8 +194,8 @@ def read(path: Path) -> Program:
     if not shape or None in shape or form.elem_type not in (1, 11):  # float, double
         sizes = ", ".join(str(part.dim_value or part.dim_param or "?") for part in form.shape.dim)
         raise FaithkdError(
-            f"its input {inputs[0].name!r} has shape ({sizes}), type {form.elem_type}; needed are float images (N, *image) "
-            "of a fixed size: export it again for images of one size"
+            f"its input {inputs[0].name!r} has shape ({sizes}), type {form.elem_type}; needed are (N, *image) in "
+            "float32 or float64, of a fixed size but for N: export it again for images of one size"
         )
     steps, weights = translated(model, batch)
     program = Program(tuple(shape), inputs[0].name, model.graph.output[0].name, steps, weights).eval()
@@ -214,7 +214,8 @@ def parsed(path: Path):
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as problem:
         raise FaithkdError(
-            f"this is no whole ONNX file ({first_line(problem)}); copy or export it again, with its .onnx.data if it has one"
+            f"this is no whole ONNX file ({first_line(problem)}); copy or export it again, with its .onnx.data if "
+            "there is one"
         ) from problem
     return inliner.inline_local_functions(model)
 
@@ -292,6 +293,6 @@ def compare(path: Path, program: Program, dtype: torch.dtype, batch: int | None)
         ours = program(x)
     if ours.shape != theirs.shape or not ((ours - theirs).abs() <= TOLERANCE * (1 + theirs.abs())).all():
         raise FaithkdError(
-            "what was read of it differs from what onnxruntime computes, so it is not used; does it mix the images of a "
-            "batch, or was it exported in training mode?"
+            "what was read of it differs from what onnxruntime computes, so it is not used; does it mix the images of "
+            "a batch, or was it exported in training mode?"
         )

@@ -35,9 +35,9 @@ def export_question(
     """Write "is ‖f_t(x') − f_s(x')‖∞ ≤ d on all of B_ε(x)?", eq. (8), for other verifiers; returns the files' paths.
 
     `x` `(N, *shape)`, `eps` and `clip` as in `faithfulness_upper_bound`. `differences.onnx` maps one image to f_t − f_s
-    `(1, C)`; `image-n.vnnlib` asks for a counterexample to δ* ≤ d in the ball around image n, rounded outwards: "unsat" proves δ* ≤ d
-    for the exported network. `logits.onnx` returns both networks' logits `(1, 2C)`, for verifiers that know no softmax
-    (then the question is no longer linear). Both files are compared with the networks by onnxruntime in the balls.
+    `(1, C)`; `image-n.vnnlib` asks for a counterexample in the ball around image n, rounded outwards: "unsat" proves
+    δ* ≤ d. `logits.onnx` returns both networks' logits `(1, 2C)`, for tools that know no softmax and question of their
+    own. Both are compared with the networks by onnxruntime in the balls. Raises FaithkdError as the bounds do.
     """
     d, x = arguments.number("d", d), check_images(x)
     classes = prepare_pair(teacher, student, x)[0].classes
