@@ -14,12 +14,8 @@ import faithkd
 from faithkd.pairs import onnx as reading
 
 RANDOM = np.random.default_rng(0)
-WEIGHTS = {  # by the names that the graphs below use
-    name: RANDOM.normal(size=shape).astype(np.float32)
-    for name, *shape in (
-        *(("w", 3, 32), ("b", 3), ("k", 2, 2, 3, 3), ("c", 2), ("left", 5, 16), ("right", 32, 3), ("four", 3, 8)),
-    )
-}
+SHAPES = {"w": (3, 32), "b": 3, "k": (2, 2, 3, 3), "c": 2, "left": (5, 16), "right": (32, 3), "four": (3, 8)}
+WEIGHTS = {name: RANDOM.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 WEIGHTS["v"] = WEIGHTS["c"] ** 2 + 0.5
 END = "f = Flatten(h) y = Gemm<transB=1>(f, w, b)"
 GRAPHS = {
