@@ -42,6 +42,7 @@ GRAPHS = {
     "new pad and slice": (18, f"j = Pad(x, wide) h = Slice(j, zeros, fours, two) {END}"),
     "slopes": (16, f"h = PRelu(x, slope) {END}"),
     "swish": (13, f"s = Sigmoid(x) h = Mul(x, s) {END}"),
+    "softplus as torch writes it": (18, f"s = Softplus(x) g = Greater(x, twenty) h = Where(g, x, s) {END}"),
     "shapes computed": (
         14,
         """s = Shape(x) n = Gather(s, zero) u = Unsqueeze(n, axis) z = Concat<axis=0>(u, rest)
@@ -61,7 +62,7 @@ GRAPHS = {
 }
 NUMBERS = {"zero": 0, "axis": [0], "rest": [32], "two": [2, 3], "zeros": [0, 1], "fours": [4, 5], "ones": [1, 1]}
 NUMBERS |= {"wide": [0, 0, 1, 0, 0, 0, 0, 1], "tall": [-1, 16, 2]}
-FLOATS = {"one": 1.0, "low": -0.5, "three": 3.0, "slope": [[[0.25]], [[-0.5]]]}
+FLOATS = {"one": 1.0, "low": -0.5, "three": 3.0, "twenty": 20.0, "slope": [[[0.25]], [[-0.5]]]}
 
 
 def write(path, body, opset=13, shape="N,2,4,4", ends="float[N,3] y", more=""):
@@ -88,7 +89,8 @@ def test_an_operation_is_what_onnxruntime_computes(name, tmp_path):
     path = write(tmp_path / "net.onnx", body, opset, **columns)
     network, x = faithkd.load_onnx(path), 3 * torch.randn(7, 2, 4, 4)
     torch.testing.assert_close(network(x), theirs(path, x), rtol=1e-4, atol=1e-4)
-    assert all(torch.isfinite(each).all() for each in network.parameters())
+    if " as torch writes it" in name or name == "swish":
+        assert len(network.nodes) == 3  # one activation, with nothing left of its parts
 
 
 def test_a_file_for_one_image_takes_any_number(tmp_path):

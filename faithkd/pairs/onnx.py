@@ -5,6 +5,7 @@ out it is compared with onnxruntime, so an operation here need not refuse what i
 """
 
 import operator
+from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
 
@@ -137,6 +138,7 @@ OPERATIONS = {  # each takes ONNX's inputs, and its attributes by name, of all v
     "Gelu": lambda z, *, approximate="none": F.gelu(z, approximate=approximate),
     "Gemm": gemm,
     "GlobalAveragePool": global_avg_pool,
+    "Greater": torch.gt,
     "Identity": lambda z: z,
     "LeakyRelu": lambda z, *, alpha=0.01: F.leaky_relu(z, alpha),
     "LogSoftmax": lambda z, *, axis=-1: z.log_softmax(axis),
@@ -161,6 +163,7 @@ OPERATIONS = {  # each takes ONNX's inputs, and its attributes by name, of all v
     "Tanh": torch.tanh,
     "Transpose": lambda z, *, perm: z.permute(perm),
     "Unsqueeze": unsqueeze,
+    "Where": torch.where,
 }
 
 
@@ -247,8 +250,8 @@ def translated(model, batch: int | None) -> tuple[list[Step], dict[str, Tensor]]
             options = {each.name: helper.get_attribute_value(each) for each in node.attribute}
             options = {key: value.decode() if isinstance(value, bytes) else value for key, value in options.items()}
             options |= {"batch": batch} if node.op_type == "Reshape" else {}
-            if (gated := swish(node, made)) is not None:
-                function, inputs = F.silu, [Name(gated)]
+            if (one := fused(node, made, fixed)) is not None:
+                function, inputs = one[0], [Name(one[1])]
             for place, value in enumerate(inputs):
                 if isinstance(value, np.ndarray) and value.dtype.kind == "f":
                     inputs[place] = Name(node.input[place]) if value.ndim else float(value)
@@ -256,7 +259,7 @@ def translated(model, batch: int | None) -> tuple[list[Step], dict[str, Tensor]]
         if node.op_type == "Shape" or isinstance(function, partial):
             sizes.update(node.output)
         steps.append(Step(f"{node.op_type} {name}", function, inputs, options, [each for each in node.output if each]))
-    return steps, weights
+    return needed(steps, model.graph.output[0].name), weights
 
 
 def folded(evaluator: type, node, opsets: dict, *values):
@@ -266,12 +269,31 @@ def folded(evaluator: type, node, opsets: dict, *values):
     return found if len(found) > 1 else found[0]
 
 
-def swish(node, made: dict) -> str | None:
-    """z, where a node is the product of z and its sigmoid: one function, for the bounds."""
-    for z, gate in (node.input, node.input[::-1]) if node.op_type == "Mul" else ():
-        if gate in made and made[gate].op_type == "Sigmoid" and made[gate].input[0] == z:
-            return z
+def fused(node, made: dict, fixed: dict) -> tuple[Callable, str] | None:
+    """The function, and the name of its input, of which exporters make several nodes that bounds know only as one."""
+
+    def is_of(name: str, kind: str, z: str) -> bool:
+        return name in made and made[name].op_type == kind and made[name].input[0] == z
+
+    if node.op_type == "Mul":
+        for z, gate in (node.input, node.input[::-1]):
+            if is_of(gate, "Sigmoid", z):
+                return F.silu, z
+    if node.op_type == "Where" and is_of(node.input[2], "Softplus", node.input[1]):
+        condition, z = node.input[:2]
+        if is_of(condition, "Greater", z) and np.all(fixed.get(made[condition].input[1], 0) >= 20):
+            return F.softplus, z  # there it is z but for 2e-9
     return None
+
+
+def needed(steps: list[Step], last: str) -> list[Step]:
+    """The steps that the result depends on."""
+    names, kept = {last}, []
+    for step in reversed(steps):
+        if names.intersection(step.results):
+            kept.append(step)
+            names.update(part for part in step.inputs if isinstance(part, Name))
+    return kept[::-1]
 
 
 def compare(path: Path, program: Program, dtype: torch.dtype, batch: int | None) -> None:
