@@ -16,6 +16,9 @@ _PUBLIC = {
     "faithfulness_upper_bounds": "bounds",
     "UpperBound": "bounds",
     "certified_agreement": "bounds",
+    "load_onnx": "pairs.onnx",
+    "load_pt2": "pairs.pt2",
+    "export_question": "pairs.question",
 }
 # Modules that notebooks import by their short names: `from faithkd import data, experiment, figures`.
 _MODULES = {

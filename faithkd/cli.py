@@ -26,6 +26,7 @@ from faithkd.errors import FaithkdError
 try:
     import typer
 
+    from faithkd.pairs.command import bound
     from faithkd.reproduce import notebooks, records
 except ModuleNotFoundError as missing:
     sys.exit(f"faithkd: {missing.name} is not installed; the command line needs pip install 'faithkd[notebooks]'")
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(bound)
 Profile = Annotated[str, typer.Option(help="Which params/*.yaml.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a parameter; repeatable.")]
 

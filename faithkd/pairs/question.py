@@ -1,0 +1,111 @@
+"""The question "is δ* ≤ d?" for other verifiers: both networks on one input as ONNX, the ball as VNN-LIB."""
+
+import copy
+import warnings
+from decimal import Decimal
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from faithkd import arguments
+from faithkd.bounds.graph import check_images, outer_ball, prepare_pair
+from faithkd.errors import FaithkdError
+
+TOLERANCE = 1e-4  # of onnxruntime, in float32
+OPSET = 18  # the oldest that torch writes
+
+
+class Product(nn.Module):
+    """Both networks on one input: f_t(x) − f_s(x) `(N, C)`, or all logits, the teacher's first, `(N, 2C)`."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, confidences: bool) -> None:
+        super().__init__()
+        self.teacher, self.student = (copy.deepcopy(each).cpu().float().eval() for each in (teacher, student))
+        self.confidences = confidences
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.teacher(x), self.student(x)
+        return both[0].softmax(1) - both[1].softmax(1) if self.confidences else torch.cat(both, 1)
+
+
+def export_question(
+    teacher: nn.Module, student: nn.Module, x: Tensor, eps: float, d: float, folder: str | Path, clip=None
+) -> list[Path]:
+    """Write "is ‖f_t(x') − f_s(x')‖∞ ≤ d on all of B_ε(x)?", eq. (8), for other verifiers; returns the files' paths.
+
+    `x` `(N, *shape)`, `eps` and `clip` as in `faithfulness_upper_bound`. `differences.onnx` maps one image to f_t − f_s
+    `(1, C)`; `image-n.vnnlib` asks for a counterexample in the ball around image n, rounded outwards: "unsat" proves
+    δ* ≤ d. `logits.onnx` returns both networks' logits `(1, 2C)`, for tools that know no softmax and question of their
+    own. Both are compared with the networks by onnxruntime in the balls. Raises FaithkdError as the bounds do.
+    """
+    d, x = arguments.number("d", d), check_images(x)
+    classes = prepare_pair(teacher, student, x)[0].classes
+    box, folder = outer_ball(x, eps, clip), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, confidences in (("differences", True), ("logits", False)):
+        product = Product(teacher, student, confidences)
+        paths.append(folder / f"{name}.onnx")
+        write(product, x[:1].float(), paths[-1])
+        compare(product, box, paths[-1])
+    for number, ends in enumerate(zip(*box, strict=True)):
+        paths.append(folder / f"image-{number}.vnnlib")
+        paths[-1].write_text(question(*ends, d, classes), encoding="ascii")
+    return paths
+
+
+def question(lower: Tensor, upper: Tensor, d: float, classes: int) -> str:
+    """One ball as VNN-LIB: inputs X_0 … row by row, outputs Y_0 … Y_{C-1}; satisfied where a |Y_i| exceeds d."""
+    ends = list(zip(lower.flatten().tolist(), upper.flatten().tolist(), strict=True))
+    most = decimal(str(d))
+    lines = [f"; is there a point of the ball where the two confidences in a class differ by {most} or more?"]
+    lines += [f"(declare-const X_{k} Real)" for k in range(len(ends))]
+    lines += [f"(declare-const Y_{i} Real)" for i in range(classes)]
+    for k, (low, high) in enumerate(ends):
+        lines += [f"(assert (>= X_{k} {decimal(low)}))", f"(assert (<= X_{k} {decimal(high)}))"]
+    parts = [part for i in range(classes) for part in (f"(and (>= Y_{i} {most}))", f"(and (<= Y_{i} -{most}))")]
+    return "\n".join([*lines, "(assert (or", *(f"    {part}" for part in parts), "))", ""])
+
+
+def decimal(number: float | str) -> str:
+    """A number in full, without an exponent, which VNN-LIB does not know; floats exactly, so that no ball shrinks."""
+    return f"{Decimal(number):f}"
+
+
+def write(product: Product, x: Tensor, path: Path) -> None:
+    """The product network for one image, all in one file."""
+    try:
+        import onnxscript  # noqa: F401, which torch's exporter needs
+    except ModuleNotFoundError as missing:
+        raise FaithkdError(
+            f"{missing.name} is not installed: pip install 'faithkd[onnx]' to write ONNX files"
+        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about parts of torch that the exporter happens to use
+        torch.onnx.export(
+            product,
+            (x,),
+            path,
+            input_names=["X"],
+            output_names=["Y"],
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def compare(product: Product, box: tuple[Tensor, Tensor], path: Path) -> None:
+    """Refuse a file that computes something else than the networks at random points of the balls."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    share = torch.rand(box[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points = (box[0] + share * (box[1] - box[0])).float()
+    for point in points:
+        theirs = torch.from_numpy(session.run(None, {"X": point[None].numpy()})[0])
+        with torch.no_grad():
+            ours = product(point[None])
+        if not ((ours - theirs).abs() <= TOLERANCE * (1 + ours.abs())).all():
+            raise FaithkdError(f"{path}: onnxruntime computes something else from it than the networks; do not use it")
