@@ -246,7 +246,7 @@ def _share_out(jobs: str | None, cluster: str | None) -> None:
 
 
 def _start_anew(what: str) -> Path:
-    """The folder of runs; to retrain or to remeasure, one of its own and a store of its own, found again after a kill."""
+    """The folder of runs; to retrain or remeasure one of its own, with a store of its own, found again after a kill."""
     runs = Path(os.environ.get("FAITHKD_RUNS") or paths.ROOT / "runs").absolute()
     if what:
         from faithkd.reproduce import artefacts
@@ -283,7 +283,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _provenance(p, seconds: dict[str, float], before: dict) -> dict:
-    """What made the figures: parameters, versions, machine, seconds of each notebook, also from runs before this one."""
+    """What made the figures: parameters, versions, machine, seconds of each notebook, also of earlier runs."""
     params = p.model_dump(mode="json")
     seconds = (before.get("seconds", {}) if before.get("params") == params else {}) | seconds
     versions = {name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")}

@@ -299,11 +299,8 @@ def robustness(p: Params, methods=STUDENTS) -> pd.DataFrame:
 
     One row per (dataset, eps, method, image), method RT included: what Table 1 averages.
     """
-    images, guide = data.test_subset(p), teacher(p)
-    nets = {"RT": guide} | students(p, methods)
-    names = [{"eps": str(eps), "method": method} for eps in ("0", *p.evaluate.eps) for method in nets]
-    pieces = [Piece(p, "robustness", guide, nets[name["method"]], images, Ratio(name["eps"])) for name in names]
-    return _together(p, images, names, _contents(p, pieces, "robustness and agreement"))
+    guide, radii = teacher(p), (Ratio(0), *p.evaluate.eps)
+    return _measured(p, ["robustness"], guide, {"RT": guide} | students(p, methods), radii, data.test_subset(p))
 
 
 def faithfulness(p: Params, alphas: bool = False, methods=STUDENTS, count: int | None = None) -> pd.DataFrame:
@@ -313,15 +310,10 @@ def faithfulness(p: Params, alphas: bool = False, methods=STUDENTS, count: int |
     are FD at each α of `p.ablation.alpha` instead, in a column `alpha` (Table 5). `count`: of how many test images, the
     first ones; all without it. EmpLB ≤ FaithUB is checked.
     """
-    images, guide = data.test_subset(p)[:count], teacher(p)
-    if alphas:
-        chosen = [{"method": "FD", "alpha": float(alpha)} for alpha in p.ablation.alpha]
-    else:
-        chosen = [{"method": method} for method in methods]
-    nets = [student(p, **one) for one in chosen]
-    names = [{"eps": str(eps), **one} for eps in p.evaluate.eps for one in chosen]
-    pairs = [(network, eps) for eps in p.evaluate.eps for network in nets]
-    return _together(p, images, names, _brackets(p, guide, pairs, images))
+    values = [float(alpha) for alpha in p.ablation.alpha] if alphas else []
+    nets = {alpha: student(p, "FD", alpha) for alpha in values} or students(p, methods)
+    frame = _bracketed(p, teacher(p), nets, p.evaluate.eps, data.test_subset(p)[:count])
+    return frame.assign(alpha=frame["method"], method="FD") if alphas else frame
 
 
 def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
@@ -329,37 +321,23 @@ def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps:
 
     Kept on disk where `network` is one of `trained`.
     """
-    return _brackets(p, guide, [(network, eps)], images)[0]
-
-
-def _brackets(p: Params, guide: nn.Module, pairs: list, images: Split) -> list[pd.DataFrame]:
-    """`bracket` for each (student, ε) of `pairs`; the work of all of them is shared out together."""
-    # EmpLB is not cut, as all its random starts come from one generator; first, as these are the longest pieces.
-    lowers = [Piece(p, "EmpLB", guide, network, images, eps) for network, eps in pairs]
-    uppers = [_cut(p, "FaithUB", guide, network, images, eps) for network, eps in pairs]
-    contents = iter(_contents(p, [*lowers, *itertools.chain(*uppers)], "EmpLB and FaithUB"))
-    found = [next(contents) for _ in lowers]
-    for place, (cut, (_, eps)) in enumerate(zip(uppers, pairs, strict=True)):
-        upper = pd.concat([next(contents) for _ in cut], ignore_index=True)
-        found[place] = _checked(pd.concat([found[place], upper], axis=1), ["EmpLB"], ["FaithUB"], f" at ε = {eps}")
-    return found
+    return _bracketed(p, guide, {"student": network}, [eps], images)[["EmpLB", "FaithUB", "status"]]
 
 
 def pgd_steps(p: Params) -> pd.DataFrame:
     """EmpLB by number of PGD steps for RSLAD and FD on every test image, at `table3.eps`: what Table 3 samples.
 
-    One row per (method, steps, image).
+    One row per (steps, method, image).
     """
-    images, guide, nets = data.test_subset(p), teacher(p), students(p, ("RSLAD", "FD"))
-    names = [{"method": method, "steps": steps} for method in nets for steps in p.evaluate.table3.steps]
-    pieces = []
-    for name in names:
-        q = p.model_copy(update={"evaluate": p.evaluate.model_copy(update={"steps": name["steps"]})})
-        pieces.append(Piece(q, "EmpLB", guide, nets[name["method"]], images, p.evaluate.table3.eps))
-    return _together(p, images, names, _contents(p, pieces, "EmpLB by PGD steps"))
+    guide, nets, parts = teacher(p), students(p, ("RSLAD", "FD")), []
+    for steps in p.evaluate.table3.steps:
+        q = p.model_copy(update={"evaluate": p.evaluate.model_copy(update={"steps": steps})})
+        frame = _measured(q, ["EmpLB"], guide, nets, [p.evaluate.table3.eps], data.test_subset(p))
+        parts.append(frame.assign(steps=steps))
+    return pd.concat(parts, ignore_index=True)
 
 
-def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float):
+def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> evaluation.LowerBound:
     """EmpLB (§4.1) with the parameters' attack: 50 steps of 2.5ε/50 and 5 restarts unless they say otherwise."""
     options = {"restarts": p.evaluate.restarts, **_search(p)}
     return evaluation.empirical_lower_bound(guide, network, images.x, float(eps), **options)
@@ -369,9 +347,8 @@ def lower_bounds(
     p: Params, guide: nn.Module, networks: dict[str, nn.Module], images: Split, eps: float
 ) -> dict[str, np.ndarray]:
     """EmpLB (§4.1) of each network of `networks` to `guide` on all images, by name: `lower_bound` on all cores."""
-    pieces = [Piece(p, "EmpLB", guide, network, images, eps) for network in networks.values()]
-    contents = _contents(p, pieces, "EmpLB")
-    return {name: table["EmpLB"].to_numpy() for name, table in zip(networks, contents, strict=True)}
+    frame = _measured(p, ["EmpLB"], guide, networks, [eps], images)
+    return {name: part["EmpLB"].to_numpy() for name, part in frame.groupby("method", sort=False)}
 
 
 def auto_attack(p: Params) -> pd.DataFrame:
@@ -379,11 +356,8 @@ def auto_attack(p: Params) -> pd.DataFrame:
 
     One row per (dataset, method, image), method RT included: whether PGD (eq. 2), AutoAttack and both find nothing.
     """
-    images, eps = data.test_subset(p)[: p.evaluate.autoattack.images], p.train.attack.eps
-    nets = {"RT": teacher(p)} | students(p)
-    pieces = [Piece(p, "AutoAttack", None, network, images, eps) for network in nets.values()]
-    names = [{"method": method, "eps": str(eps)} for method in nets]
-    return _together(p, images, names, _contents(p, pieces, "AutoAttack"))
+    images, nets = data.test_subset(p)[: p.evaluate.autoattack.images], {"RT": teacher(p)} | students(p)
+    return _measured(p, ["AutoAttack"], None, nets, [p.train.attack.eps], images)
 
 
 def strong(p: Params) -> pd.DataFrame:
@@ -392,12 +366,8 @@ def strong(p: Params) -> pd.DataFrame:
     One row per (dataset, eps, method, image), with FaithUB; EmpLB ≤ StrongLB ≤ FaithUB is checked. As any point found
     counts, StrongLB includes what PGD found in `faithfulness`.
     """
-    images, guide, nets = data.test_subset(p)[: p.evaluate.strong.images], teacher(p), students(p)
-    work = list(itertools.product(p.evaluate.eps, nets))
-    pieces = [Piece(p, "StrongLB", guide, nets[method], images, eps) for eps, method in work]
-    names = [{"eps": str(eps), "method": method} for eps, method in work]
-    frame = _together(p, images, names, _contents(p, pieces, "EmpLB by a wider search"))
-    keys = ["eps", "method", "image"]
+    images, keys = data.test_subset(p)[: p.evaluate.strong.images], ["eps", "method", "image"]
+    frame = _measured(p, ["StrongLB"], teacher(p), students(p), p.evaluate.eps, images)
     frame = frame.join(faithfulness(p).set_index(keys)[["EmpLB", "FaithUB"]], on=keys)
     frame["StrongLB"] = frame[["EmpLB", "StrongLB"]].max(axis=1)
     return _checked(frame, ["StrongLB"], ["FaithUB"])
@@ -411,13 +381,8 @@ def best(p: Params) -> pd.DataFrame:
     whether teacher and student agree on the ball: `agrees` as far as PGD sees (eqs 13-14), `agreement_certified` where
     it is proved (Def. 3). As any point found counts, BestLB includes what PGD found in `faithfulness`.
     """
-    images, guide, nets = data.test_subset(p)[: p.bounds.best_images], teacher(p), students(p)
-    work = list(itertools.product(p.evaluate.eps, nets))
-    cuts = [_cut(p, "best", guide, nets[method], images, eps) for eps, method in work]
-    contents = iter(_contents(p, list(itertools.chain(*cuts)), "best bounds"))
-    parts = [pd.concat([next(contents) for _ in cut], ignore_index=True) for cut in cuts]
-    names, keys = [{"eps": str(eps), "method": method} for eps, method in work], ["eps", "method", "image"]
-    frame = _together(p, images, names, parts)
+    images, keys = data.test_subset(p)[: p.bounds.best_images], ["eps", "method", "image"]
+    frame = _measured(p, ["best"], teacher(p), students(p), p.evaluate.eps, images)
     frame = frame.join(faithfulness(p).set_index(keys)[["EmpLB", "FaithUB"]], on=keys)
     frame = frame.join(robustness(p).set_index(keys)[["agrees"]], on=keys)
     frame["BestLB"] = frame[["EmpLB", "BestLB"]].max(axis=1)
@@ -523,9 +488,29 @@ class Piece:
         return self.kind, self.eps, self.first, id(self.guide), id(self if alone else None)
 
 
-def _cut(p: Params, kind: str, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> list[Piece]:
-    """The same measurement in pieces, of a few images each where it is slow."""
-    size = len(images) if kind == "FaithUB" and p.bounds.method in QUICK else SLOW_PIECE
+def _bracketed(p: Params, guide: nn.Module, nets: dict, radii, images: Split) -> pd.DataFrame:
+    """EmpLB, first, as its pieces are the longest, and FaithUB; EmpLB ≤ FaithUB is checked."""
+    return _checked(_measured(p, ["EmpLB", "FaithUB"], guide, nets, radii, images), ["EmpLB"], ["FaithUB"])
+
+
+def _measured(p: Params, kinds: list[str], guide: nn.Module | None, nets: dict, radii, images: Split) -> pd.DataFrame:
+    """What all `kinds` say of each network for each ε; one row per (dataset, eps, method, image)."""
+    work = [(eps, method) for eps in radii for method in nets]
+    cuts = [_cut(p, kind, guide, nets[method], images, eps) for kind in kinds for eps, method in work]
+    contents = iter(_contents(p, [piece for cut in cuts for piece in cut], " and ".join(kinds)))
+    tables = [pd.concat([next(contents) for _ in cut], ignore_index=True) for cut in cuts]
+    frames = []
+    for place, (eps, method) in enumerate(work):
+        front = {"dataset": p.data.name, "eps": str(eps), "method": method}
+        front |= {"image": images.index.numpy(), "label": images.y.numpy()}
+        frames.append(pd.concat([pd.DataFrame(front), *tables[place :: len(work)]], axis=1))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _cut(p: Params, kind: str, guide: nn.Module | None, network: nn.Module, images: Split, eps: float) -> list[Piece]:
+    """A measurement in pieces: of a few images each where it is slow, else of all."""
+    slow = kind == "best" or (kind == "FaithUB" and p.bounds.method not in QUICK)
+    size = SLOW_PIECE if slow else len(images)
     firsts = range(0, len(images), size)
     return [Piece(p, kind, guide, network, images[first : first + size], eps, first) for first in firsts]
 
@@ -552,29 +537,28 @@ def _search(p: Params) -> dict:
 
 def _contents(p: Params, pieces: list[Piece], description: str) -> list[pd.DataFrame]:
     """What each piece measures, in order: read where it is there, else made on all cores and kept as soon as made."""
-    wanted = [(piece, piece.path, piece.inputs) for piece in pieces]
-    found = [_kept(path, inputs) for _, path, inputs in wanted]
+    named = [(piece.path, piece.inputs) for piece in pieces]
+    found = [_kept(*name) for name in named]
     if any(frame is None for frame in found):
         # One notebook at a time has all cores; what it makes, another that waited need not make again.
         with artefacts.alone("measuring", "measuring on all cores"):
+            found = [
+                _kept(*name, mend=True) if frame is None else frame for frame, name in zip(found, named, strict=True)
+            ]
             groups: dict[tuple, list[int]] = {}
-            for place, (piece, path, inputs) in enumerate(wanted):
-                if found[place] is None and (frame := _kept(path, inputs, mend=True)) is not None:
-                    found[place] = frame
+            for place, piece in enumerate(pieces):
                 if found[place] is None:
                     groups.setdefault(piece.company, []).append(place)
-            calls = [_call([wanted[place][0] for place in places]) for places in groups.values()]
+            calls = [_call([pieces[place] for place in places]) for places in groups.values()]
             long = p.models.teacher.kind == "convolutional"
-            bar = {"desc": f"{p.profile}: {description}", "unit": "piece", "leave": False}
-            with tqdm(total=len(pieces), initial=sum(frame is not None for frame in found), **bar) as bar:
-                for number, frames in workers.run(calls, sample=0.0 if long else None):
-                    for place, frame in zip(list(groups.values())[number], frames, strict=True):
-                        _, path, inputs = wanted[place]
-                        tensors, notes = _packed(frame)
-                        if path:
-                            artefacts.save(path, inputs, tensors, notes)
-                        found[place] = _frame(tensors, notes)
-                        bar.update()
+            done = workers.run(calls, sample=0.0 if long else None)
+            for number, frames in tqdm(done, f"{p.profile}: {description}", len(calls), leave=False):
+                for place, frame in zip(list(groups.values())[number], frames, strict=True):
+                    tensors, notes = _packed(frame)
+                    path, inputs = named[place]
+                    if path:
+                        artefacts.save(path, inputs, tensors, notes)
+                    found[place] = _frame(tensors, notes)
     return found
 
 
@@ -630,21 +614,12 @@ def _make(recipe: int, make: Callable, *given) -> list[pd.DataFrame]:
     return make(*given)
 
 
-def _together(p: Params, images: Split, names: list[dict], parts: list[pd.DataFrame]) -> pd.DataFrame:
-    """All parts as one frame, each with what it belongs to in front: dataset, names, the image's place and label."""
-    frames = []
-    for name, part in zip(names, parts, strict=True):
-        front = {"dataset": p.data.name, **name, "image": images.index.numpy(), "label": images.y.numpy()}
-        frames.append(pd.concat([pd.DataFrame(front), part.reset_index(drop=True)], axis=1))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _checked(frame: pd.DataFrame, lows: list[str], highs: list[str], where: str = "") -> pd.DataFrame:
+def _checked(frame: pd.DataFrame, lows: list[str], highs: list[str]) -> pd.DataFrame:
     """The frame, in which every lower bound is at most every upper bound; AssertionError where one is not."""
     for low, high in itertools.product(lows, highs):
         # Written so that a NaN fails; 1e-12 is the rounding error of evaluating the lower bound itself in float64.
         if not (frame[low] <= frame[high] + 1e-12).all():
-            raise AssertionError(f"{low} > {high}{where}: a bound is wrong, please report it\n{frame}")
+            raise AssertionError(f"{low} > {high}: a bound is wrong, please report it\n{frame}")
     return frame
 
 

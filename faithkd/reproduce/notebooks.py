@@ -194,7 +194,7 @@ def _faults(path: Path, text: str, p):
     code = [cell for cell in found if cell["cell_type"] == "code" and cell["source"].strip()]
     given = f"profile = {PROFILE!r}\noverrides = {{}}"  # papermill computes no derived values again
     if code[0]["metadata"].get("tags") != ["parameters"] or ast.unparse(ast.parse(code[0]["source"])) != given:
-        yield f"must have exactly profile = {PROFILE!r} and overrides = {{}} in its first code cell, tagged `parameters`"
+        yield f"must have profile = {PROFILE!r} and overrides = {{}} alone in its first code cell, tagged `parameters`"
     if notebook["metadata"].get("kernelspec", {}).get("name") != "python3":
         yield "its kernel is not python3"
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):

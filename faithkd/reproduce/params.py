@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from copy import deepcopy
 from functools import lru_cache, reduce
 from itertools import pairwise
 from operator import getitem
@@ -309,11 +310,13 @@ def load(profile: str = "digits", overrides=None) -> Params:
     `overrides`: {"train.epochs": 2} or ["train.epochs=2"], by dotted leaf names. Raises ParamsError.
     """
     path = _path(profile)
-    raw, changes = _read(path), _parse(overrides)
+    raw, changes = deepcopy(_read(path, path.stat().st_mtime_ns)), _parse(overrides)
+    for name in {"profile", "overrides"} & raw.keys():
+        raise ParamsError(f"{_short(path)}: {name} is not set in a profile")
     for name, value in changes.items():
         _set(raw, name, value, path)
     try:
-        p = Params.model_validate({"profile": profile, "overrides": changes, **raw})
+        p = Params.model_validate({**raw, "profile": profile, "overrides": changes})
     except ValidationError as error:
         raise ParamsError(_explain(error, path, changes)) from None
     for kind in ("settings", "readings"):
@@ -376,7 +379,8 @@ def _yaml(text: str):
     return YAML(typ="safe", pure=True).load(text)  # YAML 1.2: 8/255 stays text, and so does yes
 
 
-def _read(path: Path) -> dict:
+@lru_cache(maxsize=32)
+def _read(path: Path, _written: int) -> dict:
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
     except (YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, a date that is none, 5000 digits
