@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
@@ -21,7 +21,6 @@ from faithkd.errors import FaithkdError
 # left would take much longer than that.
 SAMPLE, WORTHWHILE = 1.0, 30.0  # seconds: spent on the first calls, and estimated for those that are left
 PATIENCE = 5  # seconds until a scheduler must have answered
-ADDRESS = re.compile(r"((tcp|tls|ws|wss|ucx)://)?([\w.-]+|\[[\da-fA-F:.]+\]):(\d{1,5})", re.ASCII)
 
 _PROCESS = os.getpid()  # that imported this file
 
@@ -41,22 +40,10 @@ def jobs() -> int:
     return int(text)
 
 
-def cluster() -> str | None:
-    """The address of the dask scheduler in $FAITHKD_CLUSTER, if one is given."""
-    text = os.environ.get("FAITHKD_CLUSTER", "").strip()
-    found = ADDRESS.fullmatch(text)
-    if text and not (found and 0 < int(found[4]) < 2**16):
-        raise FaithkdError(
-            f"the cluster's address (--cluster or FAITHKD_CLUSTER) is {text!r}: write it as `dask scheduler` prints "
-            "it, for example tcp://127.0.0.1:8786"
-        )
-    return text or None
-
-
 def check() -> None:
     """Raise FaithkdError where the settings are no good or the scheduler does not answer."""
     jobs()
-    if address := cluster():
+    if address := os.environ.get("FAITHKD_CLUSTER"):
         _client(address).close()
 
 
@@ -70,14 +57,13 @@ def run(
     at once. `here`: on this machine also where there is a cluster.
     """
     sample = SAMPLE if sample is None else sample
-    count, address, left = count or jobs(), None if here else cluster(), list(enumerate(calls))
-    done, spent = 0, 0.0
+    count, left, done, spent = count or jobs(), list(enumerate(calls)), 0, 0.0
+    address = None if here else os.environ.get("FAITHKD_CLUSTER")
     while left and not address:
         if count > 1 and len(left) > 1 and spent >= sample and (not sample or spent * len(left) >= WORTHWHILE * done):
             break
-        place, call = left.pop(0)
         start = time.perf_counter()
-        yield _alone(place, call)
+        yield _alone(*left.pop(0))
         done, spent = done + 1, spent + time.perf_counter() - start
     if left:
         yield from _spread(left, min(count, len(left)), address)
@@ -85,8 +71,7 @@ def run(
 
 def results(calls: Mapping[object, Callable[[], object]], description: str, sample: float | None = None) -> dict:
     """The result of every call by its name, in the order of the calls, with a bar; otherwise as `run`."""
-    bar = tqdm(run(list(calls.values()), sample=sample), description, len(calls), leave=False)
-    found = dict(bar)
+    found = dict(tqdm(run(list(calls.values()), sample=sample), description, len(calls), leave=False))
     return {name: found[place] for place, name in enumerate(calls)}
 
 
@@ -116,27 +101,26 @@ def _spread(numbered: list, count: int, address: str | None) -> Iterator[tuple[i
     """`run` for calls with their places, in `count` processes or on the cluster at `address`."""
     from joblib import Parallel, delayed, parallel_config
 
-    client = _client(address) if address else None
-    settings = {"backend": "dask", "client": client} if client else {"backend": "loky", "inner_max_num_threads": 1}
-    with parallel_config(**settings):
-        # batches of one: each result is there to be stored as soon as it is made
-        pool = Parallel(n_jobs=-1 if client else count, batch_size=1, return_as="generator_unordered")
-        results = pool(delayed(_alone)(place, call) for place, call in numbered)
-    try:
-        for result in results:  # noqa: UP028  `yield from` would close them before warnings are off
-            yield result
-    except BrokenProcessPool as error:
-        raise FaithkdError(
-            "a worker process ended abruptly, perhaps for lack of memory; what is finished is kept, and the same "
-            "command goes on from there, with fewer processes (--jobs) if memory is short "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    finally:
-        with warnings.catch_warnings():  # joblib tells that calls were cancelled, which is what is wanted
-            warnings.simplefilter("ignore", UserWarning)
-            results.close()
-        if client:
-            client.close()
+    with ExitStack() as stack:
+        settings = {"backend": "loky", "inner_max_num_threads": 1}
+        if address:
+            settings = {"backend": "dask", "client": stack.enter_context(_client(address))}
+        with parallel_config(**settings):
+            # batches of one: each result is there to be stored as soon as it is made
+            pool = Parallel(n_jobs=-1 if address else count, batch_size=1, return_as="generator_unordered")
+            results = pool(delayed(_alone)(place, call) for place, call in numbered)
+        try:
+            for result in results:  # noqa: UP028  `yield from` would close them before warnings are off
+                yield result
+        except BrokenProcessPool as error:
+            raise FaithkdError(
+                "a worker process ended abruptly, perhaps for lack of memory; what is finished is kept, and the same "
+                "command goes on from there, with fewer processes (--jobs) if memory is short"
+            ) from error
+        finally:
+            with warnings.catch_warnings():  # joblib tells that calls were cancelled, which is what is wanted
+                warnings.simplefilter("ignore", UserWarning)
+                results.close()
 
 
 def _alone(place: int, call: Callable[[], object]) -> tuple[int, object]:
@@ -153,10 +137,10 @@ def _client(address: str):
         raise FaithkdError("a cluster needs the package distributed: pip install 'faithkd[cluster]'") from None
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FaithkdError(
-            f"no dask scheduler answers at {address} ({type(error).__name__}): start one with `dask scheduler`, "
-            "and workers with `dask worker ADDRESS`, or correct the address"
+            f"no dask scheduler answers at {address!r} (--cluster or FAITHKD_CLUSTER; {type(error).__name__}): give "
+            "the address that `dask scheduler` prints, for example tcp://127.0.0.1:8786"
         ) from error
     try:
         client.wait_for_workers(1, timeout=PATIENCE)

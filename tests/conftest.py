@@ -111,8 +111,8 @@ def call(monkeypatch, capsys, tmp_path):
     def call(*arguments, code=0):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(sys, "argv", ["faithkd", *arguments])
-            for name in ("FAITHKD_DATA", "FAITHKD_JOBS", "FAITHKD_CLUSTER"):  # which the command line changes
-                patch.setenv(name, os.environ.get(name, ""))
+            for name in ("DATA", "JOBS", "CLUSTER", "STORE", "FRESH", "OUTPUTS"):  # which the command line changes
+                patch.setenv(f"FAITHKD_{name}", os.environ.get(f"FAITHKD_{name}", ""))
             cli.main()
         printed = "".join(capsys.readouterr())
         assert (ended.value.code or 0) == code, printed

@@ -1,6 +1,5 @@
 """Artefacts: named, found by what they were made from, whole or not there, and told when damaged."""
 
-import json
 import os
 import shutil
 import signal
@@ -9,17 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from faithkd import paths
 from faithkd.errors import FaithkdError
 from faithkd.reproduce import artefacts
 
-PATHS = ("weights/mnist/seed0/FD.safetensors", "measurements/mnist/seed0/FD/EmpLB/eps=0.1/images=0-9.csv")
+PATH = "weights/mnist/seed0/FD.safetensors"
+MEASURED = "measurements/mnist/alpha=0.75/seed0/FD/EmpLB/eps=0.1/images=0-9.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -30,63 +27,73 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def content(path: str):
-    if path.endswith(".csv"):
-        return pd.DataFrame({"a": [0.1, float("nan")], "b": [True, False], "c": ["NaN", "1"], "d": [1, 2]})
+def content() -> dict:
     return {"0.weight": torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), "0.bias": torch.zeros(3)}
 
 
-def make(path: str, calls: list | None = None):
+def make(calls: list | None = None):
     def build(checkpoint):
         if calls is not None:
             calls.append(checkpoint)
-        return content(path), {"history": [1, 2]}
+        return content(), {"history": [1, 2]}
 
     return build
 
 
-def equal(one, other) -> bool:
-    if isinstance(one, pd.DataFrame):
-        return one.equals(other) and list(one.dtypes) == list(other.dtypes)
+def equal(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_made_once_and_found_by_its_inputs(path, folder):
+def test_made_once_and_found_by_its_inputs(folder):
     calls: list = []
     for inputs, expected in (({"a": 1}, 1), ({"a": 1}, 1), ({"a": 2}, 2), ({"a": 2}, 2), ({"a": (2,)}, 3)):
-        found, notes = artefacts.artefact(path, inputs, make(path, calls))
-        assert len(calls) == expected and equal(found, content(path)) and notes == {"history": [1, 2]}
+        found, notes = artefacts.artefact(PATH, inputs, make(calls))
+        assert len(calls) == expected and equal(found, content()) and notes == {"history": [1, 2]}
     files = [file for file in (folder / "store").rglob("*") if file.is_file() and ".locks" not in file.parts]
-    assert files == [folder / "store" / path], "one file, in its place"
-    _, header = artefacts.read(files[0])
-    assert header["inputs"] == {"a": [2]} and set(header["made"]) == {"faithkd", "torch", "created"}
-
-
-@given(st.lists(st.tuples(st.floats(width=64), st.booleans(), st.text('aé,"# \n1N', max_size=5)), min_size=1))
-def test_tables_come_back_bit_for_bit(rows):
-    frame = pd.DataFrame(rows, columns=["x", "b", "t"])
-    data = artefacts.encode("x.csv", {}, frame)
-    header = json.loads(data.partition(b"\n")[0][2:])
-    found = artefacts._table(data.partition(b"\n")[2], header["dtypes"])
-    assert (
-        found["x"].equals(frame["x"]) and found["b"].equals(frame["b"]) and found["t"].tolist() == frame["t"].tolist()
-    )
+    assert files == [folder / "store" / PATH], "one file, in its place"
+    assert artefacts.read(files[0])[1]["inputs"] == {"a": [2]}
 
 
 def test_committed_ones_are_found_after_the_store_and_not_when_all_is_made_anew(folder, monkeypatch):
-    path = PATHS[0]
-    artefacts.artefact(path, {"a": 1}, make(path))
-    shutil.move(folder / "store" / "weights", folder / "repository" / "weights")
-    calls: list = []
-    artefacts.artefact(path, {"a": 1}, make(path, calls))
-    assert not calls and not (folder / "store" / path).exists()
-    monkeypatch.setenv("FAITHKD_FRESH", "1")
-    artefacts.artefact(path, {"a": 1}, make(path, calls))
-    assert len(calls) == 1 and (folder / "store" / path).exists()
+    with artefacts.watched() as asked:
+        for path in (PATH, MEASURED):
+            artefacts.artefact(path, {"a": 1}, make())
+    assert asked == {PATH: {"a": 1}, MEASURED: {"a": 1}}
+    artefacts.keep(asked)
+    shutil.rmtree(folder / "store")
+    packed = "measurements/mnist/alpha=0.75/seed0.safetensors"
+    assert sorted(str(file.relative_to(folder / "repository")) for file in folder.rglob("*.s*")) == [packed, PATH]
+    for fresh, expected in (("", []), ("measurements", [MEASURED]), ("1", [PATH])):
+        monkeypatch.setenv("FAITHKD_FRESH", fresh)
+        made = []
+        for path in (PATH, MEASURED):
+            calls: list = []
+            found, notes = artefacts.artefact(path, {"a": 1}, make(calls))
+            assert equal(found, content()) and notes == {"history": [1, 2]}
+            made += [path] if calls else []
+        assert made == expected
+    monkeypatch.setenv("FAITHKD_FRESH", "")
+    shutil.rmtree(folder / "store")
+    calls = []
+    artefacts.artefact(MEASURED, {"a": 2}, make(calls))
+    assert len(calls) == 1, "made from other inputs"
 
 
-@pytest.mark.parametrize("path", PATHS)
+def test_what_is_packed_stays_when_more_is_kept(folder):
+    other = MEASURED.replace("0.1", "0.2")
+    for path in (MEASURED, other):
+        artefacts.artefact(path, {}, make())
+        artefacts.keep({path: {}})
+    assert all(artefacts.packed(path, {}) for path in (MEASURED, other))
+    (file,) = (folder / "repository").rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.warns(UserWarning, match="git checkout"):
+        assert artefacts.packed(other, {}) is None
+    assert file.read_bytes() == bytes(data)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -97,26 +104,25 @@ def test_committed_ones_are_found_after_the_store_and_not_when_all_is_made_anew(
     ],
     ids=["empty", "short", "a bit", "noise"],
 )
-def test_damage_is_told_put_aside_and_made_again(path, spoil, folder):
-    artefacts.artefact(path, {}, make(path))
-    file = folder / "store" / path
+def test_damage_is_told_put_aside_and_made_again(spoil, folder):
+    artefacts.artefact(PATH, {}, make())
+    file = folder / "store" / PATH
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.warns(UserWarning, match="is damaged .* made again"):
-        found, _ = artefacts.artefact(path, {}, make(path))
-    assert equal(found, content(path)) and file.with_name(f"{file.name}.damaged").exists()
+        found, _ = artefacts.artefact(PATH, {}, make())
+    assert equal(found, content()) and file.with_name(f"{file.name}.damaged").exists()
 
 
 def test_damaged_committed_ones_are_told_and_left(folder):
-    file = folder / "repository" / PATHS[0]
+    file = folder / "repository" / PATH
     file.parent.mkdir(parents=True)
     file.write_bytes(b"damaged")
     with pytest.warns(UserWarning, match="git checkout"):
-        artefacts.artefact(PATHS[0], {}, make(PATHS[0]))
+        artefacts.artefact(PATH, {}, make())
     assert file.read_bytes() == b"damaged"
 
 
 def test_a_killed_making_goes_on_at_its_checkpoint_and_only_for_the_same_inputs(folder):
-    path = PATHS[0]
 
     def killed(checkpoint):
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -124,13 +130,13 @@ def test_a_killed_making_goes_on_at_its_checkpoint_and_only_for_the_same_inputs(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        artefacts.artefact(path, {"a": 1}, killed)
+        artefacts.artefact(PATH, {"a": 1}, killed)
     seen = []
     for inputs in ({"a": 2}, {"a": 1}):
-        artefacts.artefact(path, inputs, lambda checkpoint: (seen.append(checkpoint.exists()), make(path)(None))[1])
+        artefacts.artefact(PATH, inputs, lambda checkpoint: (seen.append(checkpoint.exists()), make()(None))[1])
         if inputs == {"a": 2}:
             with pytest.raises(KeyboardInterrupt):
-                artefacts.artefact(path, {"a": 1}, killed)
+                artefacts.artefact(PATH, {"a": 1}, killed)
     assert seen == [False, True] and not list((folder / "store").rglob("*.checkpoint"))
 
 
@@ -181,7 +187,7 @@ def test_a_store_that_cannot_be_written_is_told(monkeypatch, folder):
     (folder / "file").write_text("")
     monkeypatch.setenv("FAITHKD_STORE", str(folder / "file" / "store"))
     with pytest.raises(FaithkdError, match="set FAITHKD_STORE to another folder"):
-        artefacts.artefact(PATHS[0], {}, make(PATHS[0]))
+        artefacts.artefact(PATH, {}, make())
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half(monkeypatch, folder):
@@ -190,7 +196,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half(monkeypatch, folder):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(FaithkdError, match="No space left on device; make room"):
-        artefacts.artefact(PATHS[0], {}, make(PATHS[0]))
+        artefacts.artefact(PATH, {}, make())
     assert not [file for file in (folder / "store" / "weights").rglob("*") if file.is_file()]
 
 
@@ -201,5 +207,5 @@ def test_a_store_of_an_older_version_is_left_alone_and_said_to_be_old_once(folde
     for count in (1, 0):
         artefacts.warn_of_old_store()
         assert capsys.readouterr().err.count("older version of faithkd") == count
-    artefacts.artefact(PATHS[0], {}, make(PATHS[0]))
+    artefacts.artefact(PATH, {}, make())
     assert old.read_text() == "{}"

@@ -2,19 +2,23 @@
 
 import copy
 import json
-import sys
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from faithkd import bounds, experiment, figures, ledger, paper, params, recipes, tables
+from faithkd import bounds, experiment, figures, ledger, paper, params, paths, recipes, tables
 from faithkd.core import data, evaluation, losses
 from faithkd.core.losses import Method
 from faithkd.errors import FaithkdError
 from faithkd.report.paper import STUDENTS
+from faithkd.reproduce import artefacts
+
+LIMIT = 3
 
 
 @pytest.fixture(scope="module")
@@ -63,59 +67,27 @@ def test_networks_are_found_again_and_follow_what_they_depend_on(p, monkeypatch)
     assert len(calls) == 1, "an α that equals the parameters' is the same network"
 
 
-FACTOR = 1.0
+def made(weight, power):
+    def helper(z):
+        return z**power
+
+    def own(student, teacher, x, x_adv, y, alpha, temperature):
+        return weight * helper(student(x)).mean()
+
+    return experiment._written(Method(own, None, "own"))
 
 
-def own(student, teacher, x, x_adv, y, alpha, temperature):
-    return FACTOR * losses.cross_entropy(student(x_adv), y).mean()
-
-
-def own_attack(student, teacher, x, y):
-    return lambda z: inner(student, z, y)
-
-
-def inner(student, z, y):
-    return losses.cross_entropy(student(z), y)
-
-
-def test_a_loss_of_ones_own_is_known_by_its_source(monkeypatch):
-    """And by what it uses of its own file: a constant, a function inside an inner function."""
-    rule = Method(own, own_attack, "my own")
-    first = experiment._written(rule)
-    assert "FACTOR = 1.0" in str(first) and "def inner" in str(first) and first == experiment._written(rule)
-    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
-    second = experiment._written(rule)
-    monkeypatch.setattr(sys.modules[__name__], "inner", lambda student, z, y: student(z)[:, 0])
-    assert len({str(said) for said in (first, second, experiment._written(rule))}) == 3
-
-
-def test_the_code_of_a_method_follows_what_it_uses():
+def test_a_loss_of_ones_own_is_known_by_its_source_and_what_it_uses_of_its_file():
     """A helper beside the loss, or a constant that it names, makes another network: it must not be found as the old."""
 
-    def made(weight, power):
-        def helper(z):
-            return z**power
+    def own_attack(student, teacher, x, y):
+        return lambda z: ((student(z) - y) ** LIMIT).sum()
 
-        def own(student, teacher, x, x_adv, y, alpha, temperature):
-            return weight * helper(student(x)).mean()
-
-        return experiment._written(Method(own, None, "own"))
-
-    def other_helper():
-        def helper(z):
-            return z.abs()
-
-        def own(student, teacher, x, x_adv, y, alpha, temperature):
-            return weight * helper(student(x)).mean()
-
-        weight = 1.0
-        return experiment._written(Method(own, None, "own"))
-
-    codes = [made(1.0, 2), made(2.0, 2), made(1.0, 3), other_helper()]
-    assert made(1.0, 2) == codes[0] and len(set(map(str, codes))) == 4
-    filled = [partial(losses.fd, divergence=d) for d in (losses.kl, losses.reverse_kl)]
-    bound = [experiment._written(Method(loss, None, "d")) for loss in filled]
-    assert bound[0] != bound[1] and " at 0x" not in str(bound)
+    codes = [made(1.0, 2), made(2.0, 2), made(1.0, 3)]
+    assert made(1.0, 2) == codes[0] and len(set(map(str, codes))) == 3
+    filled = [experiment._written(Method(partial(losses.fd, divergence=d), None, "d")) for d in (losses.kl, losses.sd)]
+    attacked = experiment._written(Method(losses.fd, own_attack, "own"))
+    assert filled[0] != filled[1] and "LIMIT = 3" in attacked and " at 0x" not in str([filled, attacked])
 
 
 def test_a_loss_of_ones_own_is_trained_once_and_found_again(p, monkeypatch):
@@ -137,37 +109,39 @@ def test_measurements_follow_the_recipe(p, monkeypatch):
     images, guide = data.test_subset(p)[slice(0, 2)], experiment.teacher(p)
     before = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
     monkeypatch.setattr(recipes, "MEASURING", -1)
-    made = []
-    trivial = {"lower": torch.zeros(2, 10), "upper": torch.ones(2, 10), "finite": torch.tensor([True, False])}
-    monkeypatch.setattr(experiment, "_confidences", lambda *a: made.append(a) or trivial)
+    trivial = pd.DataFrame({"FaithUB": [1.0, 1.0], "status": [bounds.CERTIFIED, bounds.NOT_FINITE]})
+    monkeypatch.setitem(experiment.MAKERS, "FaithUB", lambda *given: [trivial])
     after = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
-    assert made and (after["FaithUB"] == 1).all() and (before["FaithUB"] < 1).all()
+    assert (after["FaithUB"] == 1).all() and (before["FaithUB"] < 1).all()
     assert after["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
 
 
 def test_a_teacher_is_bounded_once_for_all_students_and_nothing_else_changes(p, faithfulness, monkeypatch):
-    calls, alone = [], experiment.difference_bounds
-    monkeypatch.setattr(experiment, "difference_bounds", lambda net, *a, **o: calls.append(net) or alone(net, *a, **o))
+    calls, alone = [], experiment.faithfulness_upper_bounds
+    monkeypatch.setattr(
+        experiment, "faithfulness_upper_bounds", lambda *a, **o: calls.append(len(a[1])) or alone(*a, **o)
+    )
     monkeypatch.setattr(recipes, "MEASURING", -2)
-    monkeypatch.setenv("FAITHKD_JOBS", "1")
-    again = experiment.faithfulness(p)
-    assert again["FaithUB"].equals(faithfulness["FaithUB"])
-    assert len(calls) == len(p.evaluate.eps) * (1 + len(STUDENTS))
+    assert experiment.faithfulness(p)["FaithUB"].equals(faithfulness["FaithUB"])
+    assert calls == [len(STUDENTS)] * len(p.evaluate.eps)
     images, eps = data.test_subset(p), str(p.evaluate.eps[-1])
     for method in STUDENTS:
         pair = experiment.teacher(p), experiment.student(p, method)
         whole = bounds.faithfulness_upper_bound(*pair, images.x, float(eps), method=p.bounds.method)
         part = faithfulness[(faithfulness["method"] == method) & (faithfulness["eps"] == eps)]
-        assert np.allclose(part["FaithUB"], whole.values, rtol=0, atol=1e-12)
+        assert np.allclose(part["FaithUB"], whole.values, rtol=0, atol=1e-6)
+        assert (part["FaithUB"].to_numpy() >= whole.values.numpy()).all(), "rounded so that it still holds"
         assert part["status"].tolist() == whole.status
 
 
-def test_what_overflows_is_the_trivial_bound():
-    lower, upper = torch.tensor([[0.9, 0.0]] * 2), torch.tensor([[1.0, 0.1]] * 2)
-    sure = {"lower": lower, "upper": upper, "finite": torch.tensor([True, True])}
-    found = experiment._eq11([sure], [sure | {"finite": torch.tensor([True, False])}])
-    assert found["FaithUB"].tolist() == [pytest.approx(0.1), 1.0]
-    assert found["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.sampled_from("ab")), min_size=1))
+def test_tables_become_tensors_and_bounds_stay_bounds(rows):
+    frame = pd.DataFrame(rows, columns=["EmpLB", "FaithUB", "robust", "status"])
+    found = experiment._frame(*experiment._packed(frame))
+    assert found[["robust", "status"]].equals(frame[["robust", "status"]]) and list(found) == list(frame)
+    assert (found["EmpLB"] <= frame["EmpLB"]).all() and (found["FaithUB"] >= frame["FaithUB"]).all()
+    assert np.allclose(found[["EmpLB", "FaithUB"]], frame[["EmpLB", "FaithUB"]], rtol=2e-7, atol=1e-44)
+    assert experiment._frame(*experiment._packed(found)).equals(found), "what is read is what was made"
 
 
 def test_the_ladder_begins_at_intervals_and_ends_at_best(p, faithfulness):
@@ -275,16 +249,51 @@ def test_faithfulness_brackets_every_image(faithfulness):
 def test_a_crossed_bracket_stops_everything(p, monkeypatch):
     """Should a bound ever be wrong, the experiment must not go on with it."""
     images, guide = data.test_subset(p)[slice(0, 3)], experiment.teacher(p)
+    wrong = pd.DataFrame({"FaithUB": [0.0, float("nan"), 0.0], "status": ["certified"] * 3})
+    monkeypatch.setitem(experiment.MAKERS, "FaithUB", lambda *given: [wrong])
+    with pytest.raises(AssertionError, match="EmpLB > FaithUB"):
+        experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0871)
 
-    def wrong(*arguments, **options):
-        return pd.DataFrame({"FaithUB": [0.0, float("nan"), 0.0], "status": ["certified"] * 3})
 
-    monkeypatch.setattr(experiment, "_eq11", wrong)
-    monkeypatch.setattr(experiment, "_upper_bound", wrong)
-    for method in ("crown", "joint"):  # made of both networks' own, and of the pair
-        q = params.load("smoke", {**p.overrides, "bounds.method": method})
-        with pytest.raises(AssertionError, match="EmpLB > FaithUB"):
-            experiment.bracket(q, guide, experiment.student(p, "SD"), images, 0.0871)
+def test_slow_bounds_are_kept_in_pieces(p):
+    images, pair = data.test_subset(p), (experiment.teacher(p), experiment.student(p, "SD"))
+    assert [len(experiment._cut(p, kind, *pair, images, 0.1)) for kind in ("EmpLB", "FaithUB", "best")] == [1, 1, 2]
+    slow = params.load("smoke", {**p.overrides, "bounds.method": "joint"})
+    assert [piece.first for piece in experiment._cut(slow, "FaithUB", *pair, images, 0.1)] == [0, 10]
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of its own to keep in; profiles are the usual ones."""
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_measurements_travel_and_are_compared_when_measured_anew(p, repository, monkeypatch, tmp_path):
+    few = params.load("smoke", {**p.overrides, "ablation.readings": [], "ablation.settings": []})
+    parts = list(experiment.keep(few))
+    assert parts[:2] == ["seed 0", "seed 1"] and "the best bounds" in parts
+    file = repository / "measurements" / "smoke" / "seed0.safetensors"
+    assert file.is_file() and (repository / "weights" / "smoke" / "seed1" / "FD.safetensors").is_file()
+    before = {path: path.read_bytes() for path in repository.rglob("*.safetensors")}
+    list(experiment.keep(few))
+    assert before == {path: path.read_bytes() for path in repository.rglob("*.safetensors")}, "kept once is kept"
+
+    table = experiment.over_seeds(few, experiment.faithfulness)
+    monkeypatch.setenv("FAITHKD_STORE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(experiment, "MAKERS", {})  # whoever measures fails
+    assert experiment.over_seeds(few, experiment.faithfulness).equals(table)
+    monkeypatch.undo()
+    monkeypatch.setattr(paths, "ROOT", repository)
+    monkeypatch.setenv("FAITHKD_STORE", str(tmp_path / "another"))
+    found, complaints = experiment.compare(few)
+    assert "measured anew, 36 measurements compared" in found and complaints == []
+
+    content, header = artefacts.read(file)
+    content["FD/FaithUB/eps=0.2/images=0-19/FaithUB"][3] += 0.01
+    file.write_bytes(artefacts.encode(header, content))
+    found, complaints = experiment.compare(few, everything=True)
+    assert complaints == ["measurements/smoke/seed0/FD/FaithUB/eps=0.2/images=0-19.safetensors"]
 
 
 def test_table_1_counts_percent_in_the_papers_columns(robustness):

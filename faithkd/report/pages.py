@@ -110,10 +110,18 @@ def weights_page(_text: str) -> str:
         found["seeds"].add(seed.removeprefix("seed"))
         found["networks"].add(name)
     rows = [
-        [f"`{folder}`", *(", ".join(sorted(names)) for names in found.values())]
+        [f"`{folder}`", _in_a_row(found["seeds"]), ", ".join(sorted(found["networks"]))]
         for folder, found in sorted(folders.items())
     ]
     return WEIGHTS_HEAD + "\n".join(_table(["folder", "seeds", "networks"], rows)) + "\n"
+
+
+def _in_a_row(seeds: set[str]) -> str:
+    """Seeds as "0, 1, 2" or, where there are more without a gap, as "0 to 19"."""
+    numbers = sorted(map(int, seeds))
+    if len(numbers) > 3 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
 def paper_page(text: str) -> str:

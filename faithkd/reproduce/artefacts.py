@@ -1,36 +1,37 @@
 """Finished work under names that people can read, found again by what it was made from.
 
-An artefact is one file: tensors as safetensors or a table as CSV, never a pickle. Its header (safetensors' own, the
-first line of a CSV) holds in JSON the `inputs` that it was made from, whatever else was noted, and a checksum. It is
-used where its inputs are those asked for, and made again in its place where they are not.
+An artefact is one safetensors file. Its header holds in JSON the `inputs` that it was made from and whatever else was
+noted. It is used where its inputs are those asked for, and made again in its place where they are not.
 
-The store is $FAITHKD_STORE or, without it, .store in the repository; the repository itself comes second, so that its
-committed weights/ are found. With $FAITHKD_FRESH set, only the store counts.
+The store is $FAITHKD_STORE or, without it, .store in the repository. What the repository itself has comes second: the
+networks in weights/, and measurements/, where all that a folder of the store would hold is packed into one file of the
+folder's name. With $FAITHKD_FRESH=measurements its measurements do not count, with any other value nothing of it.
 """
 
 import hashlib
-import io
 import json
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib import metadata
+from functools import lru_cache
 from pathlib import Path
 
-import pandas as pd
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load as unpack
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
+from torch import Tensor
 
 from faithkd import paths
 from faithkd.errors import FaithkdError
 
+SUFFIX = ".safetensors"
 OLD_KINDS = ("network", "emp_lb", "robustness", "confidences")  # folders of the store before names could be read
 DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+
+_watches: list[dict] = []
 
 
 def root() -> Path:
@@ -38,12 +39,11 @@ def root() -> Path:
     return Path(os.environ.get("FAITHKD_STORE") or paths.ROOT / ".store").expanduser().absolute()
 
 
-def artefact(path: str, inputs: dict, make: Callable[[Path], tuple[object, dict]]):
-    """The content of `path` and its notes: read where it was made from `inputs`, else made and written first.
+def artefact(path: str, inputs: dict, make: Callable[[Path], tuple[dict[str, Tensor], dict]]):
+    """The tensors of `path` by name, and its notes: read where it was made from `inputs`, else made and written first.
 
-    `path` ends in .safetensors (content: tensors by name) or .csv (a DataFrame). `make(checkpoint)` returns (content,
-    notes); it may keep its progress at the path `checkpoint`, which a run after a kill finds again. `inputs` and notes
-    are what JSON holds. Raises FaithkdError where the store cannot be written to.
+    `make(checkpoint)` returns (tensors, notes); it may keep its progress at the path `checkpoint`, which a run after a
+    kill finds again. `inputs` and notes are what JSON holds. Raises FaithkdError where the store cannot be written to.
     """
     if (found := load(path, inputs)) is not None:  # without the lock: a complete store may be read-only
         return found
@@ -52,75 +52,149 @@ def artefact(path: str, inputs: dict, make: Callable[[Path], tuple[object, dict]
         if (found := load(path, inputs, mend=True)) is None:
             file = root() / path
             asked = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
-            content, notes = make(file.with_name(f"{file.name}.{asked}.checkpoint"))
-            save(path, inputs, content, notes)
+            found = make(file.with_name(f"{file.name}.{asked}.checkpoint"))
+            save(path, inputs, *found)
             for old in file.parent.glob(f"{file.name}.*.checkpoint"):
                 old.unlink()
-            found = load(path, inputs)
-    if found is None:
-        raise FaithkdError(f"what was just written to {root() / path} cannot be read again; is the disk sound?")
     return found
 
 
-def load(path: str, inputs: dict, mend: bool = False):
-    """(content, notes) of the artefact made from `inputs`, from the store or the repository; None where there is none.
+def load(path: str, inputs: dict, mend: bool = False) -> tuple[dict[str, Tensor], dict] | None:
+    """(tensors, notes) of the artefact made from `inputs`, from the store or the repository; None where there is none.
 
     A damaged file counts as none; `mend` tells about it and puts it aside.
     """
-    for folder in [root()] if os.environ.get("FAITHKD_FRESH") else [root(), paths.ROOT]:
-        try:
-            content, header = read(folder / path)
-            if header["inputs"] == json.loads(json.dumps(inputs)):
-                return content, header["notes"]
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except DAMAGE as error:
-            if mend:
-                _put_aside(folder / path, error)
-    return None
+    for watch in _watches:
+        watch[path] = inputs
+    fresh = os.environ.get("FAITHKD_FRESH")
+    folders = [root()] if fresh else [root(), paths.ROOT]
+    if fresh == "measurements" and path.startswith("weights/"):
+        folders.append(paths.ROOT)
+    for folder in folders:
+        found = _found(folder / path, inputs, mend)
+        if found is not None:
+            return found
+    return None if fresh else packed(path, inputs)
 
 
-def save(path: str, inputs: dict, content, notes: dict) -> None:
+def save(path: str, inputs: dict, tensors: dict[str, Tensor], notes: dict) -> None:
     """Write an artefact to the store, in place of what was there."""
     with writing(root()):
-        paths.write(root() / path, encode(path, {"inputs": inputs, "notes": notes, "made": _made()}, content))
+        paths.write(root() / path, encode({"inputs": inputs, "notes": notes}, tensors))
 
 
-def encode(path: str, header: dict, content) -> bytes:
-    """The bytes of an artefact's file; the checksum is added to `header`."""
-    if path.endswith(".csv"):
-        body = content.to_csv(index=False, lineterminator="\n", na_rep="nan").encode()  # floats by repr: exact
-        header |= {"dtypes": {name: str(dtype) for name, dtype in content.dtypes.items()}, "sha256": _digest(body)}
-        return b"# " + json.dumps(header).encode() + b"\n" + body
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in content.items()}
-    header["sha256"] = _digest(pack(tensors))
+def encode(header: dict, tensors: dict[str, Tensor]) -> bytes:
+    """The bytes of a file: tensors, and a header of JSON values, to which their checksum is added."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = {**header, "sha256": hashlib.sha256(pack(tensors)).hexdigest()}
     return pack(tensors, {name: json.dumps(value, ensure_ascii=False) for name, value in header.items()})
 
 
-def read(file: Path):
-    """(content, header) of an artefact's file, whatever its inputs; raises one of DAMAGE where it is not sound."""
-    data = file.read_bytes()
-    if file.suffix == ".csv":
-        first, _, body = data.partition(b"\n")
-        header = json.loads(first.removeprefix(b"# "))
-        digest = _digest(body)
-        content = _table(body, header["dtypes"])
-    else:
-        length = int.from_bytes(data[:8], "little")  # of the JSON header, safetensors' format
-        header = {name: json.loads(text) for name, text in json.loads(data[8 : 8 + length])["__metadata__"].items()}
-        content = unpack(data)
-        digest = _digest(pack(content))
-    if digest != header["sha256"]:
+def read(file: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, header) of a file, whatever its inputs; raises one of DAMAGE where it is not sound."""
+    with safe_open(file, framework="pt") as opened:
+        header = {name: json.loads(text) for name, text in (opened.metadata() or {}).items()}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no dictionary
+    if hashlib.sha256(pack(tensors)).hexdigest() != header["sha256"]:
         raise ValueError("its checksum is wrong")
-    return content, header
+    return tensors, header
 
 
-def _table(body: bytes, dtypes: dict) -> pd.DataFrame:
-    """A table bit for bit as it was written; text that looks like a number or like NaN stays text."""
-    frame = pd.read_csv(io.BytesIO(body), dtype=str, keep_default_na=False)
-    for name, dtype in dtypes.items():
-        frame[name] = frame[name] == "True" if dtype == "bool" else frame[name].astype(dtype)
-    return frame
+def _found(file: Path, inputs: dict, mend: bool) -> tuple[dict[str, Tensor], dict] | None:
+    if not os.path.isfile(file):
+        return None
+    try:
+        tensors, header = read(file)
+        return (tensors, header["notes"]) if header["inputs"] == _plain(inputs) else None
+    except DAMAGE as error:
+        if mend:
+            _put_aside(file, error)
+        return None
+
+
+# --- committed measurements: a folder of the store as one file
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, dict]]:
+    """The path and the inputs of each artefact that is asked for inside."""
+    asked: dict[str, dict] = {}
+    _watches.append(asked)
+    try:
+        yield asked
+    finally:
+        _watches.remove(asked)
+
+
+@contextmanager
+def without_committed_measurements() -> Iterator[None]:
+    """Inside, only measurements of the store count; networks are found as before."""
+    before = os.environ.get("FAITHKD_FRESH")
+    os.environ["FAITHKD_FRESH"] = before or "measurements"
+    try:
+        yield
+    finally:
+        os.environ["FAITHKD_FRESH"] = before or ""
+
+
+def packed(path: str, inputs: dict) -> tuple[dict[str, Tensor], dict] | None:
+    """(tensors, notes) of the artefact made from `inputs`, from the repository's file for one of the folders above."""
+    for folder in Path(path).parents:
+        file = paths.ROOT / f"{folder}{SUFFIX}"
+        if folder.name and file.is_file():
+            name = _entry(path, folder)
+            tensors, entries = _unpacked(file, file.stat().st_mtime_ns)
+            if name in entries and entries[name]["inputs"] == _plain(inputs):
+                return tensors[name], entries[name]["notes"]
+    return None
+
+
+def keep(asked: dict[str, dict]) -> None:
+    """Write artefacts of the store to the repository: networks as they are, measurements packed, a seed in one file.
+
+    `asked` are paths with their inputs, as from `watched`. What is packed already and not asked for stays.
+    """
+    packs: dict[Path, dict] = {}
+    for path, inputs in asked.items():
+        if path.startswith("weights/"):
+            if _found(root() / path, inputs, mend=False):
+                paths.write(paths.ROOT / path, (root() / path).read_bytes())
+        elif (found := load(path, inputs)) is not None:
+            folder = re.match(r".*?/seed\d+(?=/)", path)[0]
+            packs.setdefault(paths.ROOT / f"{folder}{SUFFIX}", {})[_entry(path, folder)] = (inputs, *found)
+    for file, found in packs.items():
+        tensors, entries = _unpacked(file, file.stat().st_mtime_ns) if file.is_file() else ({}, {})
+        tensors = tensors | {name: own for name, (_, own, _) in found.items()}
+        entries = entries | {name: {"inputs": inputs, "notes": notes} for name, (inputs, _, notes) in found.items()}
+        entries = dict(sorted(entries.items()))
+        flat = {f"{name}/{part}": tensor for name in entries for part, tensor in tensors[name].items()}
+        paths.write(file, encode({"entries": entries}, flat))
+
+
+@lru_cache(maxsize=64)
+def _unpacked(file: Path, _written: int) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """The tensors and the inputs of each artefact in a packed file; none, with a warning, of a damaged one."""
+    try:
+        flat, header = read(file)
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in header["entries"]}
+        for name, tensor in flat.items():
+            entry, _, part = name.rpartition("/")
+            tensors[entry][part] = tensor
+        return tensors, header["entries"]
+    except DAMAGE as error:
+        _put_aside(file, error)
+        return {}, {}
+
+
+def _entry(path: str, folder: str | Path) -> str:
+    return path.removeprefix(f"{folder}/").removesuffix(SUFFIX)
+
+
+def _plain(inputs: dict) -> dict:
+    return json.loads(json.dumps(inputs))
+
+
+# --- around them
 
 
 def warn_of_old_store() -> None:
@@ -174,13 +248,3 @@ def _put_aside(file: Path, error: Exception) -> None:
     warnings.warn(f"{file} is damaged ({error}); it is kept as {file.name}.damaged and made again", stacklevel=2)
     with writing(file.parent):
         os.replace(file, f"{file}.damaged")
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _made() -> dict:
-    """By what and when: for people, nothing depends on it."""
-    versions = {package: metadata.version(package) for package in ("faithkd", "torch")}
-    return versions | {"created": datetime.now(UTC).isoformat(timespec="seconds")}

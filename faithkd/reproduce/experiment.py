@@ -1,50 +1,41 @@
 """The paper's experiments: what the notebooks call. Each loads what is in the store and makes what is not."""
 
+import ast
 import hashlib
 import inspect
 import itertools
 import json
+import random
 import re
-from ast import parse, unparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from textwrap import dedent
-from types import CodeType
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from faithkd import recipes, workers
-from faithkd.bounds import (
-    ALONE,
-    CERTIFIED,
-    NOT_FINITE,
-    difference_bounds,
-    faithfulness_upper_bound,
-    faithfulness_upper_bounds,
-    interval_bound,
-    softmax_interval,
-)
+from faithkd.bounds import faithfulness_upper_bounds
 from faithkd.core import data, evaluation, losses, models, training
 from faithkd.core.data import Split
 from faithkd.core.losses import METHODS
 from faithkd.errors import FaithkdError
-from faithkd.report import figure1, ledger
+from faithkd.report import figure1, figures, ledger
 from faithkd.report.paper import STUDENTS
 from faithkd.reproduce import artefacts
 from faithkd.reproduce.params import Params, Ratio, changed, leaves, plain
 
-# Images bounded in one piece of work: few enough to lose little when a run is stopped and to keep all cores busy to
-# the end, enough to be worth sending. Slow methods, which take about a second for an image, have smaller pieces.
-# Never a function of the number of processes, on which no result may depend.
-PIECE = {"interval": 100, "crown": 100}
+# CROWN takes milliseconds an image. Slower bounds are measured, and kept, in pieces of a few images, lest much be
+# lost when a run is stopped. Never a function of the number of processes, on which no result may depend.
+QUICK = ("interval", "crown")
 SLOW_PIECE = 10
 
 RUNGS = ("interval", "crown", "alpha-crown", "joint")  # steps below `best` that take seconds at most
+LOWER = ("EmpLB", "StrongLB", "BestLB")  # columns with lower bounds; all other numbers are upper bounds
 AS_IS = "as in the profile"  # among `readings`, the parameters unchanged
 
 
@@ -247,44 +238,38 @@ def _safe(text: str) -> str:
     return re.sub(r"[^\w.,=+-]+", "-", re.sub(r"[\[\]\"]|(?<=,) ", "", text))
 
 
-def _written(rule: losses.Method) -> list:
-    """A loss and an attack of one's own as they are written, so that an edited one is trained anew."""
+def _written(rule: losses.Method) -> list[str]:
+    """The source of a loss and an attack of one's own, and of what they name of their own file: functions, values."""
+    texts, seen, left = [], [], [part for part in (rule.loss, rule.attack) if part]
+    while left:
+        function = left.pop(0)
+        if isinstance(function, partial):
+            filled = [*function.args, *(value for _, value in sorted(function.keywords.items()))]
+            texts += [repr(value) for value in filled if not callable(value)]
+            left += [function.func, *(value for value in filled if callable(value))]
+        elif function not in seen:
+            seen.append(function)
+            tree = _parsed(function, rule.title)
+            texts.append(ast.unparse(tree))  # without comments
+            around = function.__globals__ | inspect.getclosurevars(function).nonlocals
+            named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            for name in sorted(named & around.keys()):
+                value = around[name]
+                if isinstance(value, bool | int | float | str | tuple):
+                    texts.append(f"{name} = {value!r}")
+                elif inspect.isfunction(value) and value.__module__ == function.__module__:
+                    left.append(value)
+    return texts
+
+
+def _parsed(function: Callable, title: str) -> ast.Module:
     try:
-        return [_source(part) for part in (rule.loss, rule.attack) if part]
+        return ast.parse(dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         raise FaithkdError(
-            f"the loss or the attack of {rule.title} cannot be read as source, so its networks could not be told "
+            f"the loss or the attack of {title} cannot be read as source, so its networks could not be told "
             "from others; define both with def in a file or a notebook cell"
         ) from None
-
-
-def _source(function, seen: tuple = ()) -> list:
-    """A function's source without comments, with the plain values and the functions of its own file that it uses."""
-    if isinstance(function, partial):
-        filled = [*enumerate(function.args), *sorted(function.keywords.items())]
-        return [_source(function.func, seen), *([name, _value(value, seen)] for name, value in filled)]
-    said = [
-        unparse(parse(dedent(inspect.getsource(function)))),
-        [_value(each, seen) for each in function.__defaults__ or ()],
-    ]
-    codes, names = [function.__code__], set()
-    while codes:  # of inner functions too, as an attack's is one
-        code = codes.pop()
-        names |= set(code.co_names)
-        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-    around = function.__globals__ | inspect.getclosurevars(function).nonlocals
-    enclosed = set(function.__code__.co_freevars)
-    for name in sorted((names | enclosed) & around.keys()):
-        value = around[name]
-        if isinstance(value, bool | int | float | str | tuple):
-            said.append(f"{name} = {value!r}")
-        elif inspect.isfunction(value) and value.__module__ == function.__module__ and value not in (function, *seen):
-            said.append(_source(value, (function, *seen)))
-    return said
-
-
-def _value(value, seen: tuple):
-    return _source(value, seen) if callable(value) else repr(value)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -314,14 +299,8 @@ def robustness(p: Params, methods=STUDENTS) -> pd.DataFrame:
 
     One row per (dataset, eps, method, image), method RT included: what Table 1 averages.
     """
-    images, guide = data.test_subset(p), teacher(p)
-    nets = {"RT": guide} | students(p, methods)
-    names = [{"eps": str(eps), "method": method} for eps in ("0", *p.evaluate.eps) for method in nets]
-    pieces = [
-        _piece(p, "robustness", _robustness, (guide, nets[name["method"]]), images, Ratio(name["eps"]))
-        for name in names
-    ]
-    return _together(p, images, names, _contents(p, pieces, "robustness and agreement"))
+    guide, radii = teacher(p), (Ratio(0), *p.evaluate.eps)
+    return _measured(p, ["robustness"], guide, {"RT": guide} | students(p, methods), radii, data.test_subset(p))
 
 
 def faithfulness(p: Params, alphas: bool = False, methods=STUDENTS, count: int | None = None) -> pd.DataFrame:
@@ -331,15 +310,10 @@ def faithfulness(p: Params, alphas: bool = False, methods=STUDENTS, count: int |
     are FD at each α of `p.ablation.alpha` instead, in a column `alpha` (Table 5). `count`: of how many test images, the
     first ones; all without it. EmpLB ≤ FaithUB is checked.
     """
-    images, guide = data.test_subset(p)[:count], teacher(p)
-    if alphas:
-        chosen = [{"method": "FD", "alpha": float(alpha)} for alpha in p.ablation.alpha]
-    else:
-        chosen = [{"method": method} for method in methods]
-    nets = [student(p, **one) for one in chosen]
-    names = [{"eps": str(eps), **one} for eps in p.evaluate.eps for one in chosen]
-    pairs = [(network, eps) for eps in p.evaluate.eps for network in nets]
-    return _together(p, images, names, _brackets(p, guide, pairs, images))
+    values = [float(alpha) for alpha in p.ablation.alpha] if alphas else []
+    nets = {alpha: student(p, "FD", alpha) for alpha in values} or students(p, methods)
+    frame = _bracketed(p, teacher(p), nets, p.evaluate.eps, data.test_subset(p)[:count])
+    return frame.assign(alpha=frame["method"], method="FD") if alphas else frame
 
 
 def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
@@ -347,46 +321,23 @@ def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps:
 
     Kept on disk where `network` is one of `trained`.
     """
-    return _brackets(p, guide, [(network, eps)], images)[0]
-
-
-def _brackets(p: Params, guide: nn.Module, pairs: list, images: Split) -> list[pd.DataFrame]:
-    """`bracket` for each (student, ε) of `pairs`; the work of all of them is shared out together."""
-    # EmpLB is not cut, as all its random starts come from one generator; first, as these are the longest pieces.
-    lowers = [_lower_piece(p, guide, network, images, eps) for network, eps in pairs]
-    if p.bounds.method in ALONE:  # then eq. (11) takes what is known of each, and a teacher is bounded once for all
-        uppers = [
-            [_cut(p, "confidences", _confidences, (each,), images, eps) for each in (guide, network)]
-            for network, eps in pairs
-        ]
-    else:
-        uppers = [[_cut(p, "FaithUB", _upper_bound, (guide, network), images, eps)] for network, eps in pairs]
-    pieces = [*lowers, *(piece for upper in uppers for part in upper for piece in part)]
-    contents = iter(_contents(p, pieces, "EmpLB and FaithUB"))
-    made = [next(contents) for _ in lowers]
-    found = []
-    for lower, upper, (_, eps) in zip(made, uppers, pairs, strict=True):
-        parts = [[next(contents) for _ in part] for part in upper]
-        high = _eq11(*parts) if p.bounds.method in ALONE else pd.concat(parts[0], ignore_index=True)
-        found.append(_checked(pd.concat([lower, high], axis=1), ["EmpLB"], ["FaithUB"], f" at ε = {eps}"))
-    return found
+    return _bracketed(p, guide, {"student": network}, [eps], images)[["EmpLB", "FaithUB", "status"]]
 
 
 def pgd_steps(p: Params) -> pd.DataFrame:
     """EmpLB by number of PGD steps for RSLAD and FD on every test image, at `table3.eps`: what Table 3 samples.
 
-    One row per (method, steps, image).
+    One row per (steps, method, image).
     """
-    images, guide, nets = data.test_subset(p), teacher(p), students(p, ("RSLAD", "FD"))
-    names = [{"method": method, "steps": steps} for method in nets for steps in p.evaluate.table3.steps]
-    pieces = []
-    for name in names:
-        q = p.model_copy(update={"evaluate": p.evaluate.model_copy(update={"steps": name["steps"]})})
-        pieces.append(_lower_piece(q, guide, nets[name["method"]], images, p.evaluate.table3.eps))
-    return _together(p, images, names, _contents(p, pieces, "EmpLB by PGD steps"))
+    guide, nets, parts = teacher(p), students(p, ("RSLAD", "FD")), []
+    for steps in p.evaluate.table3.steps:
+        q = p.model_copy(update={"evaluate": p.evaluate.model_copy(update={"steps": steps})})
+        frame = _measured(q, ["EmpLB"], guide, nets, [p.evaluate.table3.eps], data.test_subset(p))
+        parts.append(frame.assign(steps=steps))
+    return pd.concat(parts, ignore_index=True)
 
 
-def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float):
+def lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> evaluation.LowerBound:
     """EmpLB (§4.1) with the parameters' attack: 50 steps of 2.5ε/50 and 5 restarts unless they say otherwise."""
     options = {"restarts": p.evaluate.restarts, **_search(p)}
     return evaluation.empirical_lower_bound(guide, network, images.x, float(eps), **options)
@@ -396,9 +347,8 @@ def lower_bounds(
     p: Params, guide: nn.Module, networks: dict[str, nn.Module], images: Split, eps: float
 ) -> dict[str, np.ndarray]:
     """EmpLB (§4.1) of each network of `networks` to `guide` on all images, by name: `lower_bound` on all cores."""
-    pieces = [_lower_piece(p, guide, network, images, eps) for network in networks.values()]
-    contents = _contents(p, pieces, "EmpLB")
-    return {name: table["EmpLB"].to_numpy() for name, table in zip(networks, contents, strict=True)}
+    frame = _measured(p, ["EmpLB"], guide, networks, [eps], images)
+    return {name: part["EmpLB"].to_numpy() for name, part in frame.groupby("method", sort=False)}
 
 
 def auto_attack(p: Params) -> pd.DataFrame:
@@ -406,11 +356,8 @@ def auto_attack(p: Params) -> pd.DataFrame:
 
     One row per (dataset, method, image), method RT included: whether PGD (eq. 2), AutoAttack and both find nothing.
     """
-    images, eps = data.test_subset(p)[: p.evaluate.autoattack.images], p.train.attack.eps
-    nets = {"RT": teacher(p)} | students(p)
-    pieces = [_piece(p, "AutoAttack", _auto_attack, (network,), images, eps) for network in nets.values()]
-    names = [{"method": method, "eps": str(eps)} for method in nets]
-    return _together(p, images, names, _contents(p, pieces, "AutoAttack"))
+    images, nets = data.test_subset(p)[: p.evaluate.autoattack.images], {"RT": teacher(p)} | students(p)
+    return _measured(p, ["AutoAttack"], None, nets, [p.train.attack.eps], images)
 
 
 def strong(p: Params) -> pd.DataFrame:
@@ -419,12 +366,8 @@ def strong(p: Params) -> pd.DataFrame:
     One row per (dataset, eps, method, image), with FaithUB; EmpLB ≤ StrongLB ≤ FaithUB is checked. As any point found
     counts, StrongLB includes what PGD found in `faithfulness`.
     """
-    images, guide, nets = data.test_subset(p)[: p.evaluate.strong.images], teacher(p), students(p)
-    work = list(itertools.product(p.evaluate.eps, nets))
-    pieces = [_piece(p, "StrongLB", _strong, (guide, nets[method]), images, eps) for eps, method in work]
-    names = [{"eps": str(eps), "method": method} for eps, method in work]
-    frame = _together(p, images, names, _contents(p, pieces, "EmpLB by a wider search"))
-    keys = ["eps", "method", "image"]
+    images, keys = data.test_subset(p)[: p.evaluate.strong.images], ["eps", "method", "image"]
+    frame = _measured(p, ["StrongLB"], teacher(p), students(p), p.evaluate.eps, images)
     frame = frame.join(faithfulness(p).set_index(keys)[["EmpLB", "FaithUB"]], on=keys)
     frame["StrongLB"] = frame[["EmpLB", "StrongLB"]].max(axis=1)
     return _checked(frame, ["StrongLB"], ["FaithUB"])
@@ -438,15 +381,8 @@ def best(p: Params) -> pd.DataFrame:
     whether teacher and student agree on the ball: `agrees` as far as PGD sees (eqs 13-14), `agreement_certified` where
     it is proved (Def. 3). As any point found counts, BestLB includes what PGD found in `faithfulness`.
     """
-    images, guide, nets = data.test_subset(p)[: p.bounds.best_images], teacher(p), students(p)
-    # All students of a piece together: for most of the time the teacher is bounded, once for all.
-    cuts = [_cut(p, "best", _best, (*nets.values(), guide), images, eps) for eps in p.evaluate.eps]
-    contents, parts = iter(_contents(p, [piece for cut in cuts for piece in cut], "best bounds")), []
-    names = [{"eps": str(eps), "method": method} for eps in p.evaluate.eps for method in nets]
-    for cut in cuts:
-        whole = pd.concat([next(contents) for _ in cut], ignore_index=True)
-        parts += [whole[whole["student"] == number].drop(columns="student") for number, _ in enumerate(nets)]
-    frame, keys = _together(p, images, names, parts), ["eps", "method", "image"]
+    images, keys = data.test_subset(p)[: p.bounds.best_images], ["eps", "method", "image"]
+    frame = _measured(p, ["best"], teacher(p), students(p), p.evaluate.eps, images)
     frame = frame.join(faithfulness(p).set_index(keys)[["EmpLB", "FaithUB"]], on=keys)
     frame = frame.join(robustness(p).set_index(keys)[["agrees"]], on=keys)
     frame["BestLB"] = frame[["EmpLB", "BestLB"]].max(axis=1)
@@ -510,62 +446,73 @@ def heat_map(p: Params) -> tuple[pd.DataFrame, dict]:
     return frame, details | {"eps": choice.eps}
 
 
-# --- pieces of measurements: what one call makes, and one artefact keeps
+# --- pieces of measurements: one artefact each
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A measurement of networks on images: where it lies (nowhere for networks without a name), from what, by what."""
+    """A measurement of `kind` of a network, beside a teacher or alone, on images; `first`: the place of the first."""
 
-    path: str | None
-    inputs: dict
-    make: Callable[[], object]
+    p: Params
+    kind: str
+    guide: nn.Module | None
+    network: nn.Module
+    images: Split
+    eps: float
+    first: int = 0
 
     @property
-    def key(self) -> str:
-        return json.dumps([self.path, self.inputs])
+    def path(self) -> str | None:
+        """Where it lies; nowhere, and is measured each time, if its network has no name."""
+        if not (home := getattr(self.network, "place", None)):
+            return None
+        chosen, usual = ({"settings": _settings(self.kind, each)} for each in (self.p, plain(self.p)))
+        last = f"images={self.first}-{self.first + len(self.images) - 1}{artefacts.SUFFIX}"
+        return "/".join(["measurements", home, self.kind, *changes(chosen, usual), f"eps={_safe(str(self.eps))}", last])
 
-    def load(self, mend: bool = False):
-        found = self.path and artefacts.load(self.path, self.inputs, mend)
-        return found and found[0]
+    @property
+    def inputs(self) -> dict:
+        pixels = self.images.x.contiguous().numpy().tobytes() + self.images.y.contiguous().numpy().tobytes()
+        return {
+            "recipe": recipes.MEASURING,
+            "networks": [fingerprint(network) for network in (self.guide, self.network) if network is not None],
+            "images": hashlib.sha256(pixels).hexdigest()[:16],
+            "eps": float(self.eps),
+            "settings": _settings(self.kind, self.p),
+        }
 
-    def keep(self, content):
-        if self.path is None:
-            return content
-        artefacts.save(self.path, self.inputs, content, {})
-        return self.load()
-
-
-def _piece(p: Params, kind: str, build: Callable, nets: tuple, images: Split, eps: float, first: int = 0) -> Piece:
-    """What `build(p, nets, images, eps)` measures; the last of `nets` gives its name, `first` the images' place."""
-    images = images[torch.arange(len(images))]  # a copy: the whole memory behind a tensor would go to other processes
-    chosen, usual = _settings(kind, p), _settings(kind, plain(p))
-    pixels = images.x.contiguous().numpy().tobytes() + images.y.contiguous().numpy().tobytes()
-    inputs = {
-        "recipe": recipes.MEASURING,
-        "networks": [fingerprint(network) for network in nets],
-        "images": hashlib.sha256(pixels).hexdigest()[:16],
-        "eps": float(eps),
-        "settings": chosen,
-    }
-    path = None
-    if home := getattr(nets[-1], "place", None):
-        steps = [kind, *changes({"settings": chosen}, {"settings": usual}), f"eps={_safe(str(eps))}"]
-        form = "safetensors" if kind == "confidences" else "csv"
-        path = "/".join(["measurements", home, *steps, f"images={first}-{first + len(images) - 1}.{form}"])
-    return Piece(path, inputs, partial(build, p, nets, images, float(eps)))
+    @property
+    def company(self) -> tuple:
+        """What is the same for pieces that one call makes: in bounds the teacher is bounded once for all students."""
+        alone = self.kind not in ("FaithUB", "best")
+        return self.kind, self.eps, self.first, id(self.guide), id(self if alone else None)
 
 
-def _lower_piece(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> Piece:
-    return _piece(p, "EmpLB", _lower_bound, (guide, network), images, eps)
+def _bracketed(p: Params, guide: nn.Module, nets: dict, radii, images: Split) -> pd.DataFrame:
+    """EmpLB, first, as its pieces are the longest, and FaithUB; EmpLB ≤ FaithUB is checked."""
+    return _checked(_measured(p, ["EmpLB", "FaithUB"], guide, nets, radii, images), ["EmpLB"], ["FaithUB"])
 
 
-def _cut(p: Params, kind: str, build: Callable, nets: tuple, images: Split, eps: float) -> list[Piece]:
-    """The same measurement in pieces of a few images each."""
-    size = SLOW_PIECE if kind == "best" else PIECE.get(p.bounds.method, SLOW_PIECE)
-    return [
-        _piece(p, kind, build, nets, images[first : first + size], eps, first) for first in range(0, len(images), size)
-    ]
+def _measured(p: Params, kinds: list[str], guide: nn.Module | None, nets: dict, radii, images: Split) -> pd.DataFrame:
+    """What all `kinds` say of each network for each ε; one row per (dataset, eps, method, image)."""
+    work = [(eps, method) for eps in radii for method in nets]
+    cuts = [_cut(p, kind, guide, nets[method], images, eps) for kind in kinds for eps, method in work]
+    contents = iter(_contents(p, [piece for cut in cuts for piece in cut], " and ".join(kinds)))
+    tables = [pd.concat([next(contents) for _ in cut], ignore_index=True) for cut in cuts]
+    frames = []
+    for place, (eps, method) in enumerate(work):
+        front = {"dataset": p.data.name, "eps": str(eps), "method": method}
+        front |= {"image": images.index.numpy(), "label": images.y.numpy()}
+        frames.append(pd.concat([pd.DataFrame(front), *tables[place :: len(work)]], axis=1))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _cut(p: Params, kind: str, guide: nn.Module | None, network: nn.Module, images: Split, eps: float) -> list[Piece]:
+    """A measurement in pieces: of a few images each where it is slow, else of all."""
+    slow = kind == "best" or (kind == "FaithUB" and p.bounds.method not in QUICK)
+    size = SLOW_PIECE if slow else len(images)
+    firsts = range(0, len(images), size)
+    return [Piece(p, kind, guide, network, images[first : first + size], eps, first) for first in firsts]
 
 
 def _settings(kind: str, p: Params) -> dict:
@@ -575,7 +522,6 @@ def _settings(kind: str, p: Params) -> dict:
         "robustness": {"restarts": 1},
         "EmpLB": {"restarts": p.evaluate.restarts},
         "FaithUB": {name: bounds[name] for name in ("method", "solver", "milp_nodes")},
-        "confidences": {"method": bounds["method"]},
         "AutoAttack": {"version": p.evaluate.autoattack.version},
         "StrongLB": p.evaluate.strong.model_dump(mode="json", include={"classes", "restarts"}),
         "best": {"nodes": bounds["best_nodes"]},
@@ -589,109 +535,212 @@ def _search(p: Params) -> dict:
     return {**options, "seed": p.seed, "clip": data.clip_range(p)}
 
 
-def _contents(p: Params, pieces: list[Piece], description: str) -> list:
-    """The content of each piece, in order: read where it is there, else made on all cores and kept as soon as made."""
-    wanted = {piece.key: piece for piece in pieces}
-    found = {key: piece.load() for key, piece in wanted.items()}
-    if any(content is None for content in found.values()):
+def _contents(p: Params, pieces: list[Piece], description: str) -> list[pd.DataFrame]:
+    """What each piece measures, in order: read where it is there, else made on all cores and kept as soon as made."""
+    named = [(piece.path, piece.inputs) for piece in pieces]
+    found = [_kept(*name) for name in named]
+    if any(frame is None for frame in found):
         # One notebook at a time has all cores; what it makes, another that waited need not make again.
         with artefacts.alone("measuring", "measuring on all cores"):
-            found |= {key: wanted[key].load(mend=True) for key, content in found.items() if content is None}
-            missing = [key for key, content in found.items() if content is None]
-            calls = [partial(_make, recipes.MEASURING, wanted[key].make) for key in missing]
+            found = [
+                _kept(*name, mend=True) if frame is None else frame for frame, name in zip(found, named, strict=True)
+            ]
+            groups: dict[tuple, list[int]] = {}
+            for place, piece in enumerate(pieces):
+                if found[place] is None:
+                    groups.setdefault(piece.company, []).append(place)
+            calls = [_call([pieces[place] for place in places]) for places in groups.values()]
             long = p.models.teacher.kind == "convolutional"
-            bar = {"desc": f"{p.profile}: {description}", "unit": "piece", "leave": False}
-            with tqdm(total=len(found), initial=len(found) - len(missing), **bar) as bar:
-                for number, content in workers.run(calls, sample=0.0 if long else None):
-                    found[missing[number]] = wanted[missing[number]].keep(content)
-                    bar.update()
-    return [found[piece.key] for piece in pieces]
+            done = workers.run(calls, sample=0.0 if long else None)
+            for number, frames in tqdm(done, f"{p.profile}: {description}", len(calls), leave=False):
+                for place, frame in zip(list(groups.values())[number], frames, strict=True):
+                    tensors, notes = _packed(frame)
+                    path, inputs = named[place]
+                    if path:
+                        artefacts.save(path, inputs, tensors, notes)
+                    found[place] = _frame(tensors, notes)
+    return found
 
 
-def _make(recipe: int, make: Callable[[], object]):
-    """A piece's content; refused where a worker has another version of the package than this process."""
+def _kept(path: str | None, inputs: dict, mend: bool = False) -> pd.DataFrame | None:
+    found = path and artefacts.load(path, inputs, mend)
+    return _frame(*found) if found else None
+
+
+def _packed(frame: pd.DataFrame) -> tuple[dict[str, Tensor], dict]:
+    """A table as tensors: bounds in float32, rounded so that they hold; words as numbers, none where all are one."""
+    tensors, columns = {}, {}
+    for name, values in frame.items():
+        values, columns[name] = values.to_numpy(), None
+        if values.dtype == object:
+            codes, words = pd.factorize(values)
+            columns[name] = list(words)
+            if len(words) > 1:
+                tensors[name] = torch.tensor(codes, dtype=torch.uint8)
+        elif values.dtype == bool:
+            tensors[name] = torch.tensor(values)
+        else:
+            rough, down = values.astype(np.float32), name in LOWER
+            wrong = rough > values if down else rough < values
+            towards = np.float32(-np.inf if down else np.inf)
+            tensors[name] = torch.tensor(np.where(wrong, np.nextafter(rough, towards), rough))
+    return tensors, {"columns": columns, "images": len(frame)}
+
+
+def _frame(tensors: dict[str, Tensor], notes: dict) -> pd.DataFrame:
+    """The table that `_packed` made tensors of, numbers in float64."""
+    columns = {}
+    for name, words in notes["columns"].items():
+        values = tensors[name].numpy() if name in tensors else np.zeros(notes["images"], int)
+        if words:
+            columns[name] = np.array(words, dtype=object)[values]
+        else:
+            columns[name] = values if values.dtype == bool else values.astype(np.float64)
+    return pd.DataFrame(columns)
+
+
+def _call(pieces: list[Piece]) -> Callable[[], list[pd.DataFrame]]:
+    """What makes some pieces of one company, in whatever process."""
+    one = pieces[0]
+    images = one.images[torch.arange(len(one.images))]  # a copy: a tensor's whole memory would go along
+    given = one.p, one.guide, [piece.network for piece in pieces], images, float(one.eps)
+    return partial(_make, recipes.MEASURING, MAKERS[one.kind], *given)
+
+
+def _make(recipe: int, make: Callable, *given) -> list[pd.DataFrame]:
+    """The content of pieces; refused where a worker has another version of the package than this process."""
     if recipe != recipes.MEASURING:
         raise FaithkdError("a worker has another version of faithkd than this process: start the cluster anew")
-    return make()
+    return make(*given)
 
 
-def _together(p: Params, images: Split, names: list[dict], parts: list[pd.DataFrame]) -> pd.DataFrame:
-    """All parts as one frame, each with what it belongs to in front: dataset, names, the image's place and label."""
-    frames = []
-    for name, part in zip(names, parts, strict=True):
-        front = {"dataset": p.data.name, **name, "image": images.index.numpy(), "label": images.y.numpy()}
-        frames.append(pd.concat([pd.DataFrame(front), part.reset_index(drop=True)], axis=1))
-    return pd.concat(frames, ignore_index=True)
-
-
-def _checked(frame: pd.DataFrame, lows: list[str], highs: list[str], where: str = "") -> pd.DataFrame:
+def _checked(frame: pd.DataFrame, lows: list[str], highs: list[str]) -> pd.DataFrame:
     """The frame, in which every lower bound is at most every upper bound; AssertionError where one is not."""
     for low, high in itertools.product(lows, highs):
         # Written so that a NaN fails; 1e-12 is the rounding error of evaluating the lower bound itself in float64.
         if not (frame[low] <= frame[high] + 1e-12).all():
-            raise AssertionError(f"{low} > {high}{where}: a bound is wrong, please report it\n{frame}")
+            raise AssertionError(f"{low} > {high}: a bound is wrong, please report it\n{frame}")
     return frame
 
 
-# --- what makes the pieces, in whatever process
+# --- what makes the pieces, a table for each network
 
 
-def _lower_bound(p: Params, nets: tuple, images: Split, eps: float) -> pd.DataFrame:
-    return pd.DataFrame({"EmpLB": lower_bound(p, *nets, images, eps).values})
+def _lower_bound(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
+    return [pd.DataFrame({"EmpLB": lower_bound(p, guide, each, images, eps).values.numpy()}) for each in networks]
 
 
-def _robustness(p: Params, nets: tuple, images: Split, eps: float) -> pd.DataFrame:
-    guide, network = nets
-    robust = evaluation.robust(network, images.x, images.y, eps, **_search(p)).holds
-    agrees = evaluation.agreement(guide, network, images.x, eps, **_search(p)).holds
-    return pd.DataFrame({"robust": robust.numpy(), "agrees": agrees.numpy()})
+def _robustness(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
+    frames = []
+    for network in networks:
+        robust = evaluation.robust(network, images.x, images.y, eps, **_search(p)).holds
+        agrees = evaluation.agreement(guide, network, images.x, eps, **_search(p)).holds
+        frames.append(pd.DataFrame({"robust": robust.numpy(), "agrees": agrees.numpy()}))
+    return frames
 
 
-def _auto_attack(p: Params, nets: tuple, images: Split, eps: float) -> pd.DataFrame:
-    (network,), options = nets, {"seed": p.seed, "clip": data.clip_range(p), "version": p.evaluate.autoattack.version}
-    pgd = evaluation.robust(network, images.x, images.y, eps, **_search(p)).holds
-    auto = evaluation.auto_attack(network, images.x, images.y, eps, **options).holds
-    return pd.DataFrame({"PGD": pgd.numpy(), "AutoAttack": auto.numpy(), "both": (pgd & auto).numpy()})
+def _auto_attack(p: Params, _guide, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
+    options, frames = {"seed": p.seed, "clip": data.clip_range(p), "version": p.evaluate.autoattack.version}, []
+    for network in networks:
+        pgd = evaluation.robust(network, images.x, images.y, eps, **_search(p)).holds
+        auto = evaluation.auto_attack(network, images.x, images.y, eps, **options).holds
+        frames.append(pd.DataFrame({"PGD": pgd.numpy(), "AutoAttack": auto.numpy(), "both": (pgd & auto).numpy()}))
+    return frames
 
 
-def _strong(p: Params, nets: tuple, images: Split, eps: float) -> pd.DataFrame:
-    effort = p.evaluate.strong.model_dump(include={"classes", "restarts"})
-    found = evaluation.strong_lower_bound(*nets, images.x, eps, **_search(p), **effort)
-    return pd.DataFrame({"StrongLB": found.values.numpy()})
+def _strong(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
+    options = {**_search(p), **p.evaluate.strong.model_dump(include={"classes", "restarts"})}
+    found = [evaluation.strong_lower_bound(guide, network, images.x, eps, **options) for network in networks]
+    return [pd.DataFrame({"StrongLB": bound.values.numpy()}) for bound in found]
 
 
-def _confidences(p: Params, nets: tuple, images: Split, eps: float) -> dict[str, torch.Tensor]:
-    """Bounds of every confidence over the ball, eq. (10): `lower`, `upper` (N, C), and whether all is `finite` (N,)."""
-    highest = difference_bounds(*nets, images.x, eps, method=p.bounds.method, clip=data.clip_range(p))
-    lower, upper = softmax_interval(highest)
-    return {"lower": lower, "upper": upper, "finite": highest.isfinite().flatten(1).all(1)}
-
-
-def _eq11(guide: list[dict], network: list[dict]) -> pd.DataFrame:
-    """FaithUB and its status from the pieces of `_confidences` of teacher and student, eq. (11)."""
-    lower, upper, finite = (
-        [torch.cat([part[name] for part in parts]) for parts in (guide, network)]
-        for name in ("lower", "upper", "finite")
-    )
-    values = interval_bound((lower[0], upper[0]), (lower[1], upper[1]))
-    certified = (finite[0] & finite[1]).numpy()
-    return pd.DataFrame(
-        {"FaithUB": np.where(certified, values.numpy(), 1.0), "status": np.where(certified, CERTIFIED, NOT_FINITE)}
-    )
-
-
-def _upper_bound(p: Params, nets: tuple, images: Split, eps: float) -> pd.DataFrame:
+def _upper_bound(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
     options = {"method": p.bounds.method, "solver": p.bounds.solver, "max_nodes": p.bounds.milp_nodes}
-    bound = faithfulness_upper_bound(*nets, images.x, eps, **options, clip=data.clip_range(p))
-    return pd.DataFrame({"FaithUB": bound.values.numpy(), "status": bound.status})
+    found = faithfulness_upper_bounds(guide, networks, images.x, eps, **options, clip=data.clip_range(p))
+    return [pd.DataFrame({"FaithUB": bound.values.numpy(), "status": bound.status}) for bound in found]
 
 
-def _best(p: Params, nets: tuple, images: Split, eps: float) -> pd.DataFrame:
-    *pupils, guide = nets
+def _best(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
     options = {"nodes": p.bounds.best_nodes, "seed": p.seed, "clip": data.clip_range(p), "agreement": True, "jobs": 1}
-    parts = []
-    for number, bound in enumerate(faithfulness_upper_bounds(guide, pupils, images.x, eps, method="best", **options)):
-        columns = {"student": number, "BestLB": bound.lower.numpy(), "BestUB": bound.values.numpy(), "step": bound.step}
+    frames = []
+    for bound in faithfulness_upper_bounds(guide, networks, images.x, eps, method="best", **options):
+        columns = {"BestLB": bound.lower.numpy(), "BestUB": bound.values.numpy(), "step": bound.step}
         columns |= {name: bound.rungs[name].numpy() for name in RUNGS}
-        parts.append(pd.DataFrame(columns | {"agreement_certified": bound.agrees.numpy()}))
-    return pd.concat(parts, ignore_index=True)
+        frames.append(pd.DataFrame(columns | {"agreement_certified": bound.agrees.numpy()}))
+    return frames
+
+
+MAKERS = {
+    "robustness": _robustness,
+    "EmpLB": _lower_bound,
+    "FaithUB": _upper_bound,
+    "AutoAttack": _auto_attack,
+    "StrongLB": _strong,
+    "best": _best,
+}
+
+
+# --- measurements that travel with the repository
+
+
+def measure_all(p: Params) -> Iterator[str]:
+    """Measure all that the notebooks show; yield the name of each part when it is there."""
+    for q in repeats(p):
+        yield from measure_seed(q)
+    parts = {
+        "every α": partial(over_seeds, p, faithfulness, alphas=True),
+        "AutoAttack": partial(auto_attack, p),
+        "a wider search": partial(strong, p),
+        "the best bounds": partial(best, p),
+        "settings": partial(settings, p),
+        "readings": partial(readings, p),
+    }
+    for name, part in parts.items():
+        part()
+        yield name
+
+
+def measure_seed(p: Params) -> Iterator[str]:
+    """Measure what Tables 1 to 3 show of the seed of `p`."""
+    for measure in (robustness, faithfulness, pgd_steps):
+        measure(p)
+    yield f"seed {p.seed}"
+
+
+def keep(p: Params) -> Iterator[str]:
+    """Train and measure what is not there, and write all of it to weights/ and measurements/; yield what is done.
+
+    What was stopped goes on where it was.
+    """
+    train(p)
+    with artefacts.watched() as asked:
+        for network in networks(p):
+            trained(*network)
+        for name in measure_all(p):
+            artefacts.keep(asked)
+            yield name
+
+
+def compare(p: Params, everything: bool = False) -> tuple[str, list[str]]:
+    """Measure one seed, or `everything`, without the committed measurements and compare: (what was found, complaints).
+
+    Equal are bounds of each image up to the rounding in which processors differ, and yes or no of all but 0.2 %.
+    """
+    q = random.Random(p.seed).choice(repeats(p))
+    with artefacts.watched() as asked, artefacts.without_committed_measurements():
+        list(measure_all(p) if everything else measure_seed(q))
+        mine = {path: artefacts.load(path, inputs) for path, inputs in asked.items()}
+    count, worst, complaints = 0, 0.0, []
+    for path, inputs in asked.items():
+        if path.startswith("measurements/") and (theirs := artefacts.packed(path, inputs)):
+            count += 1
+            ours, theirs = _frame(*mine[path]), _frame(*theirs)
+            numbers = ours.select_dtypes("number").columns
+            worst = max(worst, float((ours[numbers] - theirs[numbers]).abs().to_numpy().max(initial=0.0)))
+            flags = ours.select_dtypes("bool").columns
+            turned = (ours[flags] != theirs[flags]).sum().max() if len(flags) else 0
+            if not np.allclose(ours[numbers], theirs[numbers], **figures.ROUNDING) or turned > 1 + len(ours) / 500:
+                complaints.append(path)
+    what = "everything" if everything else f"seed {q.seed}"
+    found = f"{p.name}: {what} measured anew, {count} measurements compared with the committed ones"
+    return f"{found}, largest difference {worst:.1g}" if count else "", complaints

@@ -10,35 +10,29 @@ import hashlib
 import json
 import os
 import re
-from functools import partial
+import sys
+import time
 from pathlib import Path
 
-from faithkd import paths, recipes, workers
+from faithkd import paths, recipes
 from faithkd.errors import NotebookError
 
 PROFILE = "digits"  # what the committed notebooks are executed on
-AT_ONCE = 4  # notebooks, each of which takes up to 2 GB
 SIZE_LIMIT = 1_500_000  # bytes; beyond it a repository's web page no longer shows a notebook well
 LOCAL_PATH = re.compile(r"(?<![\w.:/<-])/(?:home|Users|root|tmp|private|mnt|opt|var|usr)/|\b[A-Z]:\\Users")
 STYLER_ID = re.compile(r"\bT_([0-9a-f]{5})(?![0-9A-Za-z])")  # random, one for each styled table of pandas
+KERNEL = {  # options of nbclient; the second: else it reports to the terminal when we stop it
+    "kernel_name": "python3",
+    "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],
+}
 
 
-def execution() -> dict:
-    """Options of nbclient for every execution: this environment's own kernel, whatever kernels a user has installed."""
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-    from traitlets import default
+class CellFailed(Exception):  # noqa: N818  what is raised in the cell is the error
+    """A cell that raised an error of some `kind` or whose kernel died: which, and what was `said`."""
 
-    class Own(AsyncKernelManager):
-        @default("kernel_spec_manager")
-        def _no_other(self):
-            return KernelSpecManager(parent=self, kernel_dirs=[])  # what is left is ipykernel's own, by sys.executable
-
-    return {
-        "kernel_name": "python3",
-        "kernel_manager_class": Own,
-        "extra_arguments": ["--IPKernelApp.log_level=CRITICAL"],  # else it reports to the terminal when we stop it
-    }
+    def __init__(self, kind: str, said: str, cell: int | None):
+        super().__init__(f"{kind}: {(said.strip().splitlines() or [''])[-1]}")
+        self.kind, self.said, self.cell = kind, said, cell
 
 
 def cells(path: Path) -> list[dict]:
@@ -115,72 +109,113 @@ def _digest(parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# --- checks without execution
+# --- execution for a reader, by papermill
+
+
+class Record:
+    """done.json beside executed notebooks: by the name of each what it depended on, seconds, the files it made."""
+
+    def __init__(self, file: Path):
+        self.file, self.entries = file, read_json(file)
+
+    def has(self, path: Path, p) -> bool:
+        """Whether a notebook ran with the same code and parameters, and what it made is still there."""
+        entry = self.entries.get(path.stem, {})
+        made = [self.file.with_name(path.name), *(p.figures_dir / name for name in entry.get("files", []))]
+        return entry.get("key") == run_key(path, p) and all(os.path.isfile(file) for file in made)
+
+    def add(self, path: Path, p, seconds: float, files: list[str]) -> None:
+        """Note at once, so that a kill loses at most the notebook in work."""
+        self.entries[path.stem] = {"key": run_key(path, p), "seconds": round(seconds, 1), "files": files}
+        write_json(self.file, self.entries)
+
+    def seconds(self) -> dict[str, float]:
+        return {stem: entry["seconds"] for stem, entry in self.entries.items()}
+
+
+def read_json(file: Path) -> dict:
+    """What a run left behind; nothing, which is said, where it is damaged or of another version."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError
+        return found
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, RecursionError):
+        print(f"{file} is damaged or of another version; it is ignored and made again", file=sys.stderr)
+        return {}
+
+
+def write_json(file: Path, content: dict) -> None:
+    paths.write(file, json.dumps(content, indent=1) + "\n")
+
+
+def execute(path: Path, p, folder: Path) -> tuple[float, list[str], bool]:
+    """Execute a notebook into `folder`: seconds, the files of figures/ it made, whether any changed.
+
+    Raises CellFailed; the notebook as far as it got is there then, too.
+    """
+    import papermill
+
+    start, target = time.monotonic(), folder / path.name
+    written = folder / f"{path.stem}.outputs"  # figures.save notes there what it made
+    written.unlink(missing_ok=True)
+    os.environ["FAITHKD_OUTPUTS"] = str(written)
+    os.environ.pop("MPLBACKEND", None)  # a user's own choice would leave the notebooks without pictures
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, whatever kernels a user has installed
+    parameters = {"profile": p.profile, "overrides": p.overrides}
+    options = {"cwd": path.parent, "progress_bar": False, "start_timeout": 300, "stderr_file": sys.stderr}
+    try:
+        papermill.execute_notebook(path, target, parameters, **options, **KERNEL)
+    except papermill.PapermillExecutionError as error:
+        raise CellFailed(error.ename, error.evalue, error.exec_count) from None
+    except RuntimeError as error:  # of jupyter: a kernel that does not start, or ends
+        raise CellFailed("its kernel died (out of memory?)", str(error), None) from None
+    notes = [json.loads(line) for line in written.read_text("utf-8").splitlines()] if written.is_file() else []
+    written.unlink(missing_ok=True)
+    files = sorted({Path(os.path.relpath(note["path"], p.figures_dir)).as_posix() for note in notes})
+    return time.monotonic() - start, files, any(note["written"] for note in notes)
+
+
+# --- the committed notebooks: checked without execution
 
 
 def check(path: Path, p) -> list[str]:
     """What is wrong with a committed notebook that ran with the parameters `p`, a sentence for each fault."""
     try:
-        return _faults(path, path.read_text(encoding="utf-8"), p)
+        return list(_faults(path, path.read_text(encoding="utf-8"), p))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"is no notebook: {error}"]
 
 
-def _faults(path: Path, text: str, p) -> list[str]:
+def _faults(path: Path, text: str, p):
     notebook, found = json.loads(text), cells(path)
     code = [cell for cell in found if cell["cell_type"] == "code" and cell["source"].strip()]
-    metadata = notebook["metadata"]
-    complaints = _check_parameters(found)
-    if metadata.get("kernelspec", {}).get("name") != "python3":
-        complaints.append("its kernel is not python3")
+    given = f"profile = {PROFILE!r}\noverrides = {{}}"  # papermill computes no derived values again
+    if code[0]["metadata"].get("tags") != ["parameters"] or ast.unparse(ast.parse(code[0]["source"])) != given:
+        yield f"must have profile = {PROFILE!r} and overrides = {{}} alone in its first code cell, tagged `parameters`"
+    if notebook["metadata"].get("kernelspec", {}).get("name") != "python3":
+        yield "its kernel is not python3"
     if [cell["execution_count"] for cell in code] != list(range(1, len(code) + 1)):
-        complaints.append("was not executed from top to bottom in a fresh kernel")
-    if not any(cell["outputs"] for cell in code):
-        complaints.append("has no outputs")
-    if metadata.get("faithkd", {}).get("stamp") != stamp(path, p):
-        complaints.append("is stale: its code, the package or the parameters changed after it was executed")
-    if extra := set(metadata) - {"kernelspec", "language_info", "faithkd"}:
-        complaints.append(f"has metadata of a tool or machine: {', '.join(sorted(extra))}")
-    if set(metadata.get("language_info", {})) - {"name"}:
-        complaints.append("names the version of Python in its metadata")
+        yield "was not executed from top to bottom in a fresh kernel"
+    if notebook["metadata"].get("faithkd", {}).get("stamp") != stamp(path, p):
+        yield "is stale: its code, the package or the parameters changed after it was executed"
     if len(text.encode()) > SIZE_LIMIT:
-        complaints.append(f"is larger than {SIZE_LIMIT / 1e6} MB: save smaller pictures")
+        yield f"is larger than {SIZE_LIMIT / 1e6} MB: save smaller pictures"
     for number, cell in enumerate(found, 1):
-        complaints += [f"cell {number} {complaint}" for complaint in _check_cell(cell)]
-    return complaints
+        outputs = cell.get("outputs", [])
+        if any(output["output_type"] == "error" for output in outputs):
+            yield f"cell {number} ends in an error"
+        if any(output.get("name") == "stderr" for output in outputs):
+            yield f"cell {number} shows a warning or a progress bar (stderr)"
+        if any(_is_local(text) for text in [cell["source"], *(text for output in outputs for text in _texts(output))]):
+            yield f"cell {number} has a path of the machine that it was written on"
 
 
-def _check_parameters(cells: list[dict]) -> list[str]:
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    first = next((cell for cell in cells if cell["cell_type"] == "code"), None)
-    if len(tagged) != 1 or tagged[0] is not first:
-        return ["must tag its first code cell, and no other, as `parameters`"]
-    try:
-        lines = ast.parse(first["source"]).body
-        values = {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-    except (SyntaxError, ValueError, AttributeError):  # papermill does not compute derived values again
-        return ["has a parameters cell with more than `name = literal` lines"]
-    if values != {"profile": PROFILE, "overrides": {}}:
-        return [f'must have exactly profile = "{PROFILE}" and overrides = {{}} in its parameters cell']
-    return []
-
-
-def _check_cell(cell: dict) -> list[str]:
-    complaints = []
-    outputs = cell.get("outputs", [])
-    if extra := set(cell["metadata"]) - {"tags", "jupyter"}:
-        complaints.append(f"has metadata of a tool or machine: {', '.join(sorted(extra))}")
-    if any(output["output_type"] == "error" for output in outputs):
-        complaints.append("ends in an error")
-    if any(output.get("name") == "stderr" for output in outputs):
-        complaints.append("shows a warning or a progress bar (stderr)")
-    if any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs):
-        complaints.append("shows a widget, empty without a kernel (tqdm.tqdm in place of tqdm.notebook?)")
+def _is_local(text: str) -> bool:
     here = [f"{folder}{os.sep}" for folder in (paths.ROOT.resolve(), Path.home()) if len(folder.parts) > 1]
-    for text in [cell["source"], *(text for output in outputs for text in _texts(output))]:
-        if LOCAL_PATH.search(text) or any(folder in text for folder in here):
-            complaints.append("has a path of the machine that it was written on")
-    return complaints
+    return bool(LOCAL_PATH.search(text)) or any(folder in text for folder in here)
 
 
 def _texts(output: dict) -> list[str]:
@@ -189,38 +224,30 @@ def _texts(output: dict) -> list[str]:
     return ["".join(text) if isinstance(text, list) else str(text) for text in texts]
 
 
-# --- execution and normal form
+# --- the committed notebooks: executed again and brought to normal form
 
 
 def refresh(names: list[str], report=print) -> None:
     """Execute the committed notebooks called `names` (none: all) on digits and write them back normalised."""
-    chosen = pick(names)
-    for place, _ in workers.run([partial(_refresh, path) for path in chosen], at_once(), sample=0.0, here=True):
-        report(f"executed {chosen[place].stem}")
-
-
-def at_once() -> int:
-    """How many notebooks are executed at a time: while one computes on all cores, others start, or draw on one."""
-    return min(workers.jobs(), AT_ONCE)
-
-
-def _refresh(path: Path) -> None:
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
     from faithkd.reproduce import params
 
-    os.environ.pop("MPLBACKEND", None)  # a user's own choice would leave the notebooks without pictures
-    with paths.reading(path):
-        notebook = nbformat.read(path, as_version=4)
-    folder = {"metadata": {"path": str(path.parent)}}
-    try:
-        NotebookClient(notebook, **execution(), timeout=None, resources=folder).execute()
-    except (CellExecutionError, RuntimeError) as error:  # the second: its kernel died
-        raise NotebookError(f"{path.name} was left as it was, because it failed:\n{error}") from None
-    made = normalise(notebook, path.stem, stamp(path, params.load(PROFILE)))
-    paths.write(path, nbformat.writes(made) + "\n")
+    os.environ.pop("MPLBACKEND", None)  # as in `execute`
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    for path in pick(names):
+        with paths.reading(path):
+            notebook = nbformat.read(path, as_version=4)
+        folder = {"metadata": {"path": str(path.parent)}}
+        try:
+            NotebookClient(notebook, timeout=None, resources=folder, **KERNEL).execute()
+        except (CellExecutionError, RuntimeError) as error:  # the second: its kernel died
+            raise NotebookError(f"{path.name} was left as it was, because it failed:\n{error}") from None
+        made = normalise(notebook, path.stem, stamp(path, params.load(PROFILE)))
+        paths.write(path, nbformat.writes(made) + "\n")
+        report(f"executed {path.stem}")
 
 
 def normalise(notebook, stem: str, stamp: str):

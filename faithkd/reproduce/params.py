@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import re
-from functools import lru_cache
+from copy import deepcopy
+from functools import lru_cache, reduce
 from itertools import pairwise
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +26,6 @@ from faithkd.errors import ParamsError
 from faithkd.images import IMAGES
 from faithkd.paths import ROOT
 
-GROUP_LEAVES = ("evaluate.histograms",)  # mappings that may also be given whole
 FD_ONLY = re.compile(r"(train\.FD|models\.student)\.")  # what no other network depends on
 
 
@@ -39,14 +40,12 @@ class Ratio(float):
     def __new__(cls, number):
         """`number`: text such as "8/255", an int, a float or another Ratio."""
         text = number.strip() if isinstance(number, str) else str(number)
-        above, _, below = text.partition("/")
+        above, slash, below = text.partition("/")
         try:
-            if isinstance(number, bool) or "_" in text:  # float() would take true for 1 and 1_0 for 10
-                raise ValueError
-            value = float(above) / float(below) if "/" in text else float(above)
+            value = float(above) / float(below) if slash else float(above)
         except (ValueError, ZeroDivisionError):
             value = math.nan
-        if not math.isfinite(value):
+        if not math.isfinite(value) or isinstance(number, bool) or "_" in text:  # float() would take 1_0 for 10
             raise ValueError("must be a finite number such as 0.1 or 8/255")
         self = super().__new__(cls, value)
         self.text = text
@@ -70,8 +69,8 @@ Positive = Annotated[Ratio, Field(gt=0)]
 NotNegative = Annotated[Ratio, Field(ge=0)]
 Share = Annotated[Ratio, Field(ge=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1, lt=2**63)]  # torch, pandas and JSON readers hold no larger ones
-Whole = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Count = Annotated[int, Field(strict=True, ge=1, lt=2**62)]  # torch and pandas hold none of 2^63, nor sums above it
+Whole = Annotated[int, Field(strict=True, ge=0, lt=2**62)]
 Counts = Annotated[list[Count], Field(min_length=1)]
 Positives = Annotated[list[Positive], Field(min_length=1)]
 
@@ -263,13 +262,12 @@ class Params(Group):
         return ROOT / "figures" / self.name
 
     def described(self) -> list[tuple[str, str, str]]:
-        """Every parameter as (name, value, reason): `describe`."""
+        """Every parameter as (name, value, reason); the reason is the comment beside it in the YAML file."""
         return describe(self)
 
     @model_validator(mode="after")
     def _consistent(self):
-        problems = [f"{name}: {what}" for name, what in _contradictions(self)]
-        if problems:
+        if problems := [f"{name}: {what}" for name, what in _contradictions(self)]:
             raise ValueError("\n".join(problems))
         return self
 
@@ -293,14 +291,7 @@ def _contradictions(p: Params):
         method = getattr(p.train, name)
         if method.learning_rate_min > method.learning_rate:
             yield f"train.{name}.learning_rate_min", f"must be at most learning_rate ({method.learning_rate})"
-    if p.seed + p.repeats >= 2**63:
-        yield "seed", f"must be less than 2^63 also when repeats ({p.repeats}) raises it"
-    increasing = {
-        "evaluate.eps": p.evaluate.eps,
-        "evaluate.table3.steps": p.evaluate.table3.steps,
-        "ablation.alpha": p.ablation.alpha,
-    }
-    for name, values in increasing.items():
+    for name, values in {"evaluate.eps": p.evaluate.eps, "evaluate.table3.steps": p.evaluate.table3.steps}.items():
         if any(a >= b for a, b in pairwise(values)):
             yield name, f"must increase from value to value, without repeats; got {values}"
 
@@ -319,24 +310,23 @@ def load(profile: str = "digits", overrides=None) -> Params:
     `overrides`: {"train.epochs": 2} or ["train.epochs=2"], by dotted leaf names. Raises ParamsError.
     """
     path = _path(profile)
-    raw, changes = _read(path), _parse(overrides)
-    for name in sorted(changes):
-        _set(raw, name, changes[name], path)
-    if clash := {"profile", "overrides"} & raw.keys():
-        raise ParamsError(f"{_short(path)}: {' and '.join(sorted(clash))} cannot be set in a profile")
+    raw, changes = deepcopy(_read(path, path.stat().st_mtime_ns)), _parse(overrides)
+    for name in {"profile", "overrides"} & raw.keys():
+        raise ParamsError(f"{_short(path)}: {name} is not set in a profile")
+    for name, value in changes.items():
+        _set(raw, name, value, path)
     try:
         p = Params.model_validate({**raw, "profile": profile, "overrides": changes})
     except ValidationError as error:
-        raise ParamsError(_explain(error, path, raw, changes)) from None
+        raise ParamsError(_explain(error, path, changes)) from None
     for kind in ("settings", "readings"):
-        for place, text in enumerate(getattr(p.ablation, kind)):
+        for text in getattr(p.ablation, kind):
             try:
                 changed(p, text)
                 if kind == "settings" and (other := [name for name in _parse(text.split()) if not FD_ONLY.match(name)]):
                     raise ParamsError(f"{other[0]} is no setting of FD's alone; put it in ablation.readings")
             except ParamsError as error:
-                where = "override" if f"ablation.{kind}" in changes else _short(path)
-                raise ParamsError(f"{where}: ablation.{kind}[{place}], {text!r}:\n{error}") from None
+                raise ParamsError(f"{_short(path)}: ablation.{kind}, {text!r}:\n{error}") from None
     return p
 
 
@@ -359,25 +349,18 @@ def changed(p: Params, text: str) -> Params:
 
 def describe(p: Params) -> list[tuple[str, str, str]]:
     """Every parameter as (name, value, reason); the reason is the comment beside it in the YAML file."""
-    path = _path(p.profile)
-    text = path.read_text(encoding="utf-8")
-    written = YAML().load(text)
+    text = _path(p.profile).read_text(encoding="utf-8")
+    written, lines = YAML().load(text), text.splitlines()
     was, now = leaves(written), leaves(p.model_dump(exclude={"profile", "overrides"}))
     rows = []
-    for name in sorted(now, key=lambda name: list(was).index(name) if name in was else len(was)):
-        reason = _comment(written, text.splitlines(), name) if name in was else ""
+    for name in [*(name for name in was if name in now), *(name for name in now if name not in was)]:
+        *above, last = name.split(".")
+        group = reduce(getitem, above, written)
+        reason = lines[group.lc.key(last)[0]].partition(" # ")[2].strip() if name in was else ""
         if any(name == key or name.startswith(key + ".") for key in p.overrides):
             reason = f"override (profile: {was.get(name, 'not set')}; {reason})"
         rows.append((name, str(now[name]), reason))
     return rows
-
-
-def _comment(written, lines, name: str) -> str:
-    """The comment at the end of the line on which a dotted name stands."""
-    *above, last = name.split(".")
-    for part in above:
-        written = written[part]
-    return lines[written.lc.key(last)[0]].partition(" # ")[2].strip()
 
 
 def _path(profile: str) -> Path:
@@ -396,7 +379,8 @@ def _yaml(text: str):
     return YAML(typ="safe", pure=True).load(text)  # YAML 1.2: 8/255 stays text, and so does yes
 
 
-def _read(path: Path) -> dict:
+@lru_cache(maxsize=32)
+def _read(path: Path, _written: int) -> dict:
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
     except (YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, a date that is none, 5000 digits
@@ -415,13 +399,13 @@ def _parse(overrides) -> dict:
         raise ParamsError(f"overrides are {overrides!r:.60}: give names and values, such as {{'train.epochs': 2}}")
     changes = {}
     for item in [overrides] if overrides and isinstance(overrides, str) else overrides or []:
-        name, equals, text = str(item).partition("=")
-        name, problem = name.strip(), "" if equals else " (it has no =)"
+        name, equals, text = (part.strip() for part in str(item).partition("="))
+        problem = "" if name and equals else " (it has no =)"
         try:
             value = _yaml(text)
         except (YAMLError, ValueError) as error:
             problem = f" ({getattr(error, 'problem', None) or error})"
-        if problem or not name:
+        if problem:
             raise ParamsError(f"override {item!r:.60}: write name=value, for example train.epochs=2{problem}")
         if repr(changes.setdefault(name, value)) != repr(value):
             raise ParamsError(f"override {item!r}: {name} is already set to {changes[name]!r}; give it once")
@@ -438,19 +422,14 @@ def leaves(tree: dict, prefix: str = "") -> dict:
 
 
 def _set(raw: dict, name: str, value, path: Path) -> None:
-    """Replace one leaf of `raw` in place."""
+    """Replace one leaf of `raw` in place, or a group by a mapping."""
     known = list(leaves(raw))
-    groups = [group for group in GROUP_LEAVES if any(leaf.startswith(group + ".") for leaf in known)]
-    names = known + groups
-    if name not in names:
-        inside = [leaf for leaf in names if leaf.startswith(name + ".")]
-        some = ", ".join(inside[:4]) + (", …" if len(inside) > 4 else "")
-        hint = f" but a group; set one of {some}" if inside else _did_you_mean(name, names)
+    inside = [leaf for leaf in known if leaf.startswith(name + ".")]
+    if name not in known and not (inside and isinstance(value, dict)):
+        hint = f" but a group; set one of {', '.join(inside[:4])}" if inside else _did_you_mean(name, known)
         raise ParamsError(f"override {name}={value}: {name} is not a parameter of {_short(path)}{hint}")
     *above, last = name.split(".")
-    for part in above:
-        raw = raw[part]
-    raw[last] = value
+    reduce(getitem, above, raw)[last] = value
 
 
 def _did_you_mean(name: str, names) -> str:
@@ -463,61 +442,27 @@ def _did_you_mean(name: str, names) -> str:
     return ""
 
 
-def _explain(error: ValidationError, path: Path, raw: dict, changes: dict) -> str:
-    """One line per problem: where it stands, its dotted name, what is wrong, what was meant."""
-    lines = []
-    errors = error.errors()
-    missing = [_dotted(e) for e in errors if e["type"] == "missing"]
-    for e in errors:
-        if not e["loc"] and e["type"] == "value_error":  # contradictions carry their names themselves
-            settings = ", ".join(f"{name}={value}" for name, value in changes.items())
-            where = _short(path) + (f" with override {settings}" if settings else "")
-            lines += [f"{where}: {problem}" for problem in str(e["ctx"]["error"]).split("\n")]
+def _explain(error: ValidationError, path: Path, changes: dict) -> str:
+    """One line per problem, in pydantic's words: where it stands, its dotted name, what is wrong, what was meant."""
+    lines, found = [], error.errors()
+    missing = [_dotted(e) for e in found if e["type"] == "missing"]
+    for e in found:
+        name, what = _dotted(e), str(e.get("ctx", {}).get("error", e["msg"]))
+        if not name:  # contradictions carry their names themselves
+            settings = ", ".join(f"{key}={value}" for key, value in changes.items())
+            where = f"{_short(path)} with override {settings}" if changes else _short(path)
+            lines += [f"{where}: {problem}" for problem in what.split("\n")]
             continue
-        name = _dotted(e)
         setter = next((key for key in changes if re.match(re.escape(key) + r"(?![^.\[])", name)), None)
         where = _short(path) if setter is None else f"override {setter}={changes[setter]!s:.60}"
-        lines.append(f"{where}: {name}: {_what(e, name, missing)}")
+        if e["type"] == "extra_forbidden":
+            what = "is not a parameter here" + _did_you_mean(name, missing)
+        given = "" if e["type"] in ("missing", "extra_forbidden") else f", got {e['input']!r:.60}"
+        lines.append(f"{where}: {name}: {what}{given}")
     return "\n".join(dict.fromkeys(lines))
 
 
 def _dotted(e: dict) -> str:
     """Where a pydantic error lies, as written in the file: without the network's kind, places as [2]."""
-    name = ""
-    for part in e["loc"]:
-        if isinstance(part, int):
-            name += f"[{part}]"
-        elif part not in ("fully_connected", "convolutional", "[key]"):
-            name += f".{part}" if name else part
-    return name + (".kind" if e["type"].startswith("union_tag") else "")
-
-
-def _what(e: dict, name: str, missing: list[str]) -> str:
-    """A pydantic error in plain words."""
-    known = {
-        "missing": "is missing",
-        "extra_forbidden": "is not a parameter here" + _did_you_mean(name, missing),
-        "int_type": "must be a whole number",
-        "bool_type": "must be true or false",
-        "list_type": "must be a list such as [1, 2]",
-        "string_type": "must be text",
-        "dict_type": "must hold names and values",
-        "model_type": "must hold names and values",
-        "model_attributes_type": "must hold names and values",
-        "union_tag_not_found": "is missing: fully_connected or convolutional",
-        "union_tag_invalid": "must be fully_connected or convolutional",
-        "string_pattern_mismatch": "must be auto, cpu, mps, cuda or cuda:<number>",
-        "greater_than": "must be greater than {gt}",
-        "greater_than_equal": "must be at least {ge}",
-        "less_than": "must be less than {lt}",
-        "less_than_equal": "must be at most {le}",
-        "literal_error": "must be {expected}",
-        "too_short": "must have at least {min_length} value(s)",
-        "too_long": "must have at most {max_length} value(s)",
-        "value_error": "{error}",
-    }
-    text = known[e["type"]].format(**e.get("ctx", {})) if e["type"] in known else e["msg"]
-    given = repr(e.get("ctx", {}).get("tag", e["input"]))
-    if e["type"] in ("missing", "extra_forbidden", "union_tag_not_found"):
-        return text
-    return f"{text}, got {given if len(given) <= 60 else given[:59] + '…'}"
+    parts = [part for part in e["loc"] if part not in ("fully_connected", "convolutional", "[key]")]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
