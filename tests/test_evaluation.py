@@ -1,5 +1,6 @@
 """Robust accuracy, agreement and EmpLB on networks simple enough to know the answer."""
 
+import re
 import sys
 from copy import deepcopy
 
@@ -199,5 +200,4 @@ def test_the_tables_of_both_stronger_searches():
     gains = tables.strong(wider)
     assert len(gains) == len(p.evaluate.eps) * len(STUDENTS) and (gains["mean"] <= gains["largest"] + 1e-12).all()
     for name, frame in (("autoattack", tables.auto_attack(attacked)), ("strong", gains)):
-        cells, best = tables.layout(frame, name)
-        assert cells.shape == best.shape and cells.map(lambda text: isinstance(text, str)).all(axis=None)
+        assert tables.layout(frame, name).map(lambda text: bool(re.search(r"\d", text))).all(axis=None)

@@ -39,22 +39,27 @@ def renew(notebooks: list[Path]) -> None:
 
 def readme(text: str, notebooks: list[Path]) -> str:
     """README.md with its tables of notebooks and of profiles made anew from the notebooks and the committed figures."""
-    for name, lines in (("notebooks", _contents(notebooks)), ("numbers", _expectations())):
-        text = _renewed("README.md", text, name, lines)
-    return text
+    return _renewed("README.md", text, notebooks=_contents(notebooks), numbers=_expectations())
+
+
+def paper_page(text: str) -> str:
+    """PAPER.md with what stands in figures/: the verdicts on its claims, its numbers beside ours, and its gaps."""
+    made = {"claims": ledger.page(_committed("claims")), "ledger": _numbers(), "readings": _readings()}
+    return _renewed("PAPER.md", text, **made)
 
 
 def benchmarks_page(text: str) -> str:
     """benchmarks/README.md with what was measured, from benchmarks/results/."""
-    return _renewed("benchmarks/README.md", text, "bounds", _measured())
+    return _renewed("benchmarks/README.md", text, bounds=_measured())
 
 
-def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
-    """The page's text with what stands between the comments of its block `name` replaced."""
-    block = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
-    text, found = block.subn(lambda match: match[1] + "".join(f"{line}\n" for line in lines), text)
-    if found != 1:
-        raise NotebookError(f"{page} must hold one block `<!-- {name}: … -->` up to `<!-- end of {name} -->`")
+def _renewed(page: str, text: str, **blocks: list[str]) -> str:
+    """The page's text with what stands between the comments of each block replaced by its lines."""
+    for name, lines in blocks.items():
+        block = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+        text, found = block.subn(lambda match, made=lines: match[1] + "".join(f"{line}\n" for line in made), text)
+        if found != 1:
+            raise NotebookError(f"{page} must hold one block `<!-- {name}: … -->` up to `<!-- end of {name} -->`")
     return text
 
 
@@ -116,24 +121,11 @@ def weights_page(_text: str) -> str:
     return WEIGHTS_HEAD + "\n".join(_table(["folder", "seeds", "networks"], rows)) + "\n"
 
 
-def paper_page(text: str) -> str:
-    """PAPER.md with its blocks `claims`, `ledger` and `readings` made anew from the committed figures: the verdicts on
-    its claims, its numbers beside ours, and what it leaves open, filled in other ways."""
-    text = _renewed("PAPER.md", text, "claims", ledger.page(_committed("claims")))
-    text = _renewed("PAPER.md", text, "ledger", _numbers())
-    return _renewed("PAPER.md", text, "readings", _readings())
-
-
-def _committed(name: str) -> dict:
-    """figures/<profile>/<name>.csv as a DataFrame for every profile that has one, without overrides and but QUICK."""
-    files = sorted((paths.ROOT / "figures").glob(f"*/{name}.csv"))
+def _committed(name: str) -> dict[str, pd.DataFrame]:
+    """The committed table `name` of every profile that has one, without overrides and but QUICK."""
     known = {file.stem for file in (paths.ROOT / "params").glob("*.yaml")} - {QUICK}
-    found = {}
-    for file in files:
-        if file.parent.name in known:
-            with paths.reading(file):
-                found[file.parent.name] = pd.read_csv(file, dtype={"eps": str}).astype({"eps": str})  # all have it
-    return found
+    found = sorted(file.parent.name for file in (paths.ROOT / "figures").glob(f"*/{name}.csv"))
+    return {profile: tables.committed(profile, name) for profile in found if profile in known}
 
 
 def _numbers() -> list[str]:
@@ -180,21 +172,14 @@ def _readings() -> list[str]:
         if len(off) < 2:  # a data set that the paper does not use, or a profile without other readings
             continue
         eps = table["eps"].iloc[-1]
-        shown = [("accuracy", "RT", "0")] + [
-            ("robust accuracy", method, eps) for method in ("RT", "SD", "FD") if method in set(table["method"])
-        ]
-        heads = [f"{method}: {measure}" + (f", ε = {e}" if e != "0" else "") for measure, method, e in shown]
-        rows = []
-        for reading, distance in off.iterrows():
-            part = table[table["reading"] == reading]
-            cells = []
-            for measure, method, e in shown:
-                at = (part["measure"] == measure) & (part["method"] == method) & (part["eps"] == e)
-                low, high = part["value"][at].min(), part["value"][at].max()
-                cells.append(f"{low:.1f}" if low == high else f"{low:.1f} to {high:.1f}")
-            cells += [f"{value:.{3 if measure in tables.BOUNDS else 1}f}" for measure, value in distance.items()]
-            rows.append([f"`{reading}`" if "=" in reading else f"{reading}, all seeds", *cells])
-        lines += ["", *_table([f"`{profile}`", *heads, *(f"off: {measure}" for measure in off)], rows)]
+        methods = [method for method in ("RT", "SD", "FD") if method in set(table["method"])]
+        shown = ledger.changes(table, [("accuracy", "RT", "0"), *(("robust accuracy", m, eps) for m in methods)])
+        for measure, values in off.items():
+            digits = 3 if measure in tables.BOUNDS else 1
+            shown[f"off: {measure}"] = values.map(f"{{:.{digits}f}}".format).set_axis(shown.index[1:])
+        names = [f"`{name}`" if "=" in name else name for name in shown.index]
+        rows = [[name, *row] for name, row in zip(names, shown.fillna("–").to_numpy(), strict=True)]
+        lines += ["", *_table([f"`{profile}`", *shown], rows)]
     return lines[1:] or ["No data set of the paper has been run with other readings yet."]
 
 
