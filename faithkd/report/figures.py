@@ -119,7 +119,8 @@ def styled(cells: pd.DataFrame, caption: str):
         text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
         return re.sub(r"\n(.+)", r'<br><small style="color: gray">\1</small>', text)
 
-    return cells.map(html).style.set_caption(caption).set_table_styles(_TABLE)
+    narrow = cells.rename(index=lambda name: textwrap.fill(str(name), 45))
+    return narrow.map(html).style.set_caption(caption).set_table_styles(_TABLE)
 
 
 _TABLE = [
@@ -186,12 +187,9 @@ def heat_map(p: "Params", frame: pd.DataFrame, details: dict, confidences: pd.Da
             axes.contourf(a, b, grid["margin"], levels=[-1, 0], colors="none", hatches=["////"])
             axes.contour(a, b, grid["margin"], levels=[0], colors="black", linewidths=1.4)
         _mark_points(p, axes, details, confidences[confidences["network"] == method])
-        mean, worst = part["difference"].agg(["mean", "max"])
-        share = 100 * part["disagree"].mean()
+        mean, share = part["difference"].mean(), 100 * part["disagree"].mean()
         axes.set_title(f"student {method}", color=COLOURS[method], fontweight="bold", loc="left")
-        axes.set_title(
-            f"mean {mean:.2f}, max {worst:.2f}, other class (hatched) {share:.0f} %", fontsize=9, loc="right"
-        )
+        axes.set_title(f"mean {mean:.2f}, other class (hatched) {share:.0f} %", fontsize=9, loc="right")
         axes.set(aspect="equal", xlabel="pixels in which $x_1$ and $x_2$ differ")
         axes.set_xticks([-1, 0, 1], ["−ε", "0", "ε"])
         axes.set_yticks([-1, 0, 1], ["−ε", "0", "ε"])
@@ -223,24 +221,23 @@ def _mark_points(p: "Params", axes, details: dict, confidences: pd.DataFrame) ->
 def _confidence_bars(p: "Params", panel, details: dict, confidences: pd.DataFrame) -> None:
     """Under fig. 1: the images x, x₁, x₂, each beside the confidences of teacher, SD and FD; numbers at the highest."""
     grid = panel.subplots(1, 6, width_ratios=(1, 1.3) * 3)
-    classes = data.CLASSES[p.data.name]
     networks = {"RT": "teacher RT", "SD": "student SD", "FD": "student FD"}
-    table = confidences.set_index(["point", "network", "class"])["confidence"].sort_index().unstack("class")
+    table = confidences.pivot(index=["point", "network"], columns="class", values="confidence")
     likely = table.max()[table.max() > 0.05].nlargest(4).index
     shown = sorted({*likely, *table.idxmax(axis=1)})
-    for picture, bars, (name, label) in zip(grid[::2], grid[1::2], _POINTS.items(), strict=True):
+    for picture, axes, (name, label) in zip(grid[::2], grid[1::2], _POINTS.items(), strict=True):
         _image(picture, data.to_pixels(p, details[name])[0])
         picture.axis("off")
         picture.set_title(label, fontsize=12)
-        for shift, (network, title) in zip((-0.27, 0, 0.27), networks.items(), strict=True):
-            values = table.loc[name, network][shown]
-            bars.barh(np.arange(len(shown)) + shift, values, 0.25, color=COLOURS[network], label=title)
-            place = shown.index(values.idxmax()) + shift
-            bars.text(values.max() + 0.02, place, f"{values.max():.2f}", va="center", fontsize=7, weight="bold")
-        bars.set_yticks(range(len(shown)), [classes[c] for c in shown])
-        bars.set(xlim=(0, 1.2), xticks=[0, 0.5, 1], xlabel="confidence", ylim=(len(shown) - 0.5, -0.5))
-    handles, titles = grid[1].get_legend_handles_labels()
-    panel.legend(handles, titles, loc="outside upper center", ncols=3, fontsize="small")
+        values = table.loc[name].T.loc[shown, list(networks)].rename(index=dict(enumerate(data.CLASSES[p.data.name])))
+        values.plot.barh(ax=axes, width=0.8, color=COLOURS, legend=False)
+        for bars in axes.containers:
+            high = max(bars.datavalues)
+            labels = [f"{value:.2f}" if value == high else "" for value in bars.datavalues]
+            axes.bar_label(bars, labels, padding=2, fontsize=7, weight="bold")
+        axes.set(xlim=(0, 1.2), xticks=[0, 0.5, 1], xlabel="confidence", ylabel="")
+        axes.invert_yaxis()
+    panel.legend(axes.containers, networks.values(), loc="outside upper center", ncols=3, fontsize="small")
 
 
 def histograms(faithfulness: pd.DataFrame) -> Figure:
@@ -262,26 +259,16 @@ def histograms(faithfulness: pd.DataFrame) -> Figure:
     return figure
 
 
-def _over_radii(radii, **look) -> tuple[Figure, list]:
-    """Two panels side by side, with the radii ε evenly spaced below."""
-    figure, grid = plt.subplots(1, 2, figsize=(WIDTH, 3.2), sharex=True, **look)
-    for axes in grid:
-        axes.set_xlabel("ε")
-        axes.set_xticks(range(len(radii)), radii)
-    return figure, grid
-
-
 def by_eps(table: pd.DataFrame, by: str = "method") -> Figure:
     """Table 2 (or 5) as a picture: mean EmpLB and FaithUB against ε with 95 % intervals, a line per student (or α)."""
-    figure, grid = _over_radii(table["eps"].unique())
+    figure, grid = plt.subplots(1, 2, figsize=(WIDTH, 3.2))
     shades = sns.color_palette("flare", table[by].nunique())
     for axes, bound in zip(grid, tables.BOUNDS, strict=True):
         for shade, (name, part) in zip(shades, table[table["bound"] == bound].groupby(by, sort=False), strict=True):
-            colour, marker = (COLOURS[name], MARKERS[name]) if by == "method" else (shade, "o")
-            label = str(name) if by == "method" else f"α = {name:g}"
-            error = 1.96 * part["std"] / np.sqrt(part["images"])
-            axes.errorbar(range(len(part)), part["mean"], error, color=colour, marker=marker, label=label, capsize=2)
-        axes.set(title=f"mean {bound}", ylim=(0, None))
+            look = {"color": shade, "marker": "o", "label": f"α = {name:g}"} if by == "alpha" else {"label": name}
+            look = {"color": COLOURS.get(name), "marker": MARKERS.get(name)} | look
+            axes.errorbar(part["eps"], part["mean"], 1.96 * part["std"] / np.sqrt(part["images"]), capsize=2, **look)
+        axes.set(title=f"mean {bound}", xlabel="ε", ylim=(0, None))
     grid[0].legend(fontsize="small")
     return figure
 

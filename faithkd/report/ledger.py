@@ -343,7 +343,7 @@ def interval(row) -> str:
 
 
 def page(found: dict[str, pd.DataFrame]) -> list[str]:
-    """The claims page in Markdown from the `claims` of each profile: RULE, a row a claim and data set, pictures."""
+    """The claims page in Markdown from the `claims` of each profile: RULE, then a row a claim and data set."""
     found = {profile: table for profile, table in found.items() if table["claimed"].all()}
     summary = "<summary>The rule, fixed before the numbers were looked at</summary>"
     lines = [f"<details>{summary}", "", *RULE.splitlines(), "", "</details>", ""]
@@ -352,7 +352,7 @@ def page(found: dict[str, pd.DataFrame]) -> list[str]:
     for row in sorted(rows, key=lambda row: row["claim"]):  # stable: the profiles keep their order
         name, where = f"{row['mark']} {row['claim']}: {row['text']}", f"`{row['profile']}`, {row['seeds']}"
         lines.append(f"| {name} | {where} | {interval(row)} at ε = {row['eps']} | {row['words']} |")
-    return [*lines, "", *(f"![The claims on {name}](figures/{name}/claims.png)" for name in found)]
+    return lines
 
 
 # --- proved, image by image

@@ -44,8 +44,7 @@ def readme(text: str, notebooks: list[Path]) -> str:
 
 def paper_page(text: str) -> str:
     """PAPER.md with what stands in figures/: the verdicts on its claims, its numbers beside ours, and its gaps."""
-    made = {"claims": ledger.page(_committed("claims")), "ledger": _numbers(), "readings": _readings()}
-    return _renewed("PAPER.md", text, **made)
+    return _renewed("PAPER.md", text, claims=_claims(), ledger=_numbers(), readings=_readings())
 
 
 def benchmarks_page(text: str) -> str:
@@ -108,16 +107,11 @@ def _expectations() -> list[str]:
 
 def weights_page(_text: str) -> str:
     """weights/README.md: where which networks lie, a row for each folder."""
-    folders: dict[str, dict[str, set[str]]] = {}
-    for file in (paths.ROOT / "weights").rglob("*.safetensors"):
-        *place, seed, name = file.relative_to(paths.ROOT / "weights").with_suffix("").parts
-        found = folders.setdefault("/".join(place), {"seeds": set(), "networks": set()})
-        found["seeds"].add(seed.removeprefix("seed"))
-        found["networks"].add(name)
-    rows = [
-        [f"`{folder}`", *(", ".join(sorted(names)) for names in found.values())]
-        for folder, found in sorted(folders.items())
-    ]
+    root = paths.ROOT / "weights"
+    files = [file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.safetensors")]
+    found = pd.Series(sorted(files)).str.extract("(?P<folder>.+)/seed(?P<seed>.+)/(?P<network>.+)")
+    folders = found.groupby("folder").agg(lambda names: ", ".join(sorted(set(names))))
+    rows = [[f"`{folder}`", *row] for folder, row in zip(folders.index, folders.to_numpy(), strict=True)]
     return WEIGHTS_HEAD + "\n".join(_table(["folder", "seeds", "networks"], rows)) + "\n"
 
 
@@ -126,6 +120,14 @@ def _committed(name: str) -> dict[str, pd.DataFrame]:
     known = {file.stem for file in (paths.ROOT / "params").glob("*.yaml")} - {QUICK}
     found = sorted(file.parent.name for file in (paths.ROOT / "figures").glob(f"*/{name}.csv"))
     return {profile: tables.committed(profile, name) for profile in found if profile in known}
+
+
+def _claims() -> list[str]:
+    """The claims page, and a forest plot for each data set of the paper."""
+    found = _committed("claims")
+    alt = "a line for each claim and radius: its mean margin and range over the seeds; right of zero the claim is right"
+    pictures = [f"![{name}: {alt}](figures/{name}/claims.png)\n" for name in found if found[name]["claimed"].all()]
+    return [*ledger.page(found), "", *pictures]
 
 
 def _numbers() -> list[str]:
@@ -139,29 +141,21 @@ def _numbers() -> list[str]:
             off = f"{row['off']:.1f} " + ("points" if row["unit"] == "%" else "%")
             counts = [row[name] for name in ("cells", *ledger.VERDICTS)]
             compared.append([f"`{profile}`", f"{row['table']}: {row['measure']}", *counts, off])
-        for title, part in _key_rows(table):
-            values = {row["method"]: _beside(row) for row in part.to_dict("records")}
-            shown = [values.get(method, "–") for method in methods]
-            beside.append([f"`{profile}`, {_seeds(table)}", title, *shown])
+        radii = table[table["table"] == "table2"]["eps"].unique()
+        middle, last = radii[len(radii) // 2], radii[-1]
+        shown = {"accuracy": "0", "robust accuracy": last, "agreement": last, "EmpLB": middle, "FaithUB": middle}
+        main = table[table["table"].isin(["accuracy", "table1", "table2"])]
+        for measure, eps in shown.items():
+            part = main[(main["measure"] == measure) & (main["eps"] == eps)].to_dict("records")
+            title = f"{measure}{' (%)' if part[0]['unit'] == '%' else ''} at ε = {eps}"
+            values = {row["method"]: _beside(row) for row in part}
+            seeds = f"`{profile}`, {table['seeds'].max()} seeds"
+            beside.append([seeds, title, *(values.get(method, "–") for method in methods)])
     return [
         *_table(["profile", "cells of", "cells", *ledger.VERDICTS, "mean difference"], compared),
         "",
         *_table(["profile, seeds", "ours ± 95 % of the mean [paper]", *methods], beside),
     ]
-
-
-def _key_rows(table):
-    """The clean accuracies, Table 1 at the largest and Table 2 at the middle radius: yield (title, rows)."""
-    radii = list(dict.fromkeys(table[table["table"] == "table2"]["eps"]))
-    wanted = [
-        ("accuracy", "accuracy", "0"),
-        ("table1", "robust accuracy", radii[-1]),
-        ("table1", "agreement", radii[-1]),
-    ]
-    wanted += [("table2", bound, radii[len(radii) // 2]) for bound in ("EmpLB", "FaithUB")]
-    for name, measure, eps in wanted:
-        part = table[(table["table"] == name) & (table["measure"] == measure) & (table["eps"] == eps)]
-        yield f"{measure}{' (%)' if name != 'table2' else ''} at ε = {eps}", part
 
 
 def _readings() -> list[str]:
@@ -188,11 +182,6 @@ def _beside(row: dict) -> str:
     half = (row["high"] - row["low"]) / 2
     interval = f" ±{half:.{digits}f}" if half == half else ""  # one seed has none
     return f"{row['ours']:.{digits}f}{interval} [{row['paper']:.{digits}f}]"
-
-
-def _seeds(table) -> str:
-    count = table["seeds"].max()
-    return f"{count} seed{'s' if count != 1 else ''}"
 
 
 def _table(heads: list[str], rows: list[list]) -> list[str]:

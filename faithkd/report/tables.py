@@ -24,6 +24,12 @@ def committed(profile: str, name: str) -> pd.DataFrame:
         return pd.read_csv(file, dtype={"eps": str}).astype({"eps": str})  # every table has it
 
 
+def shown(p, name: str) -> pd.DataFrame:
+    """What a notebook opens on: the committed table of a profile with the paper's data, where there is none MNIST's."""
+    own = is_papers(p.data.name) and (paths.ROOT / "figures" / p.profile / f"{name}.csv").is_file()
+    return committed(p.profile if own else "mnist", name)
+
+
 def is_papers(dataset: str) -> bool:
     """Whether the paper reports this data set at all."""
     return dataset in set(paper.table("accuracy")["dataset"])
@@ -104,14 +110,6 @@ def examples(steps: pd.DataFrame, count: int) -> list[int]:
     """The examples of Table 3: images with the most flips, the clearest (largest margin) first."""
     ranked = flips(steps).sort_values(["flips", "margin", "image"], ascending=[False, False, True])
     return [int(image) for image in ranked["image"].head(count)]
-
-
-def accuracies(robustness: pd.DataFrame) -> pd.DataFrame:
-    """Clean test accuracies in % (§6), one row per data set: the ε = 0 rows of Table 1's measurement."""
-    clean = robustness[robustness["eps"] == "0"]
-    wide = clean.groupby(["dataset", "method"], sort=False)["robust"].mean().mul(100).unstack("method")
-    wide.columns.name = None
-    return wide[["RT", *STUDENTS]].reset_index()
 
 
 # --- past the paper: a row per (dataset, eps, method), with the number of `images`
