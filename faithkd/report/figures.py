@@ -119,14 +119,17 @@ def styled(cells: pd.DataFrame, caption: str):
         text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
         return re.sub(r"\n(.+)", r'<br><small style="color: gray">\1</small>', text)
 
-    narrow = cells.rename(index=lambda name: textwrap.fill(str(name), 45))
-    return narrow.map(html).style.set_caption(caption).set_table_styles(_TABLE)
+    narrow = cells.map(html).rename(index=lambda name: textwrap.fill(str(name), 45))
+    narrow = narrow.rename(columns=lambda name: textwrap.fill(str(name), 26))
+    heads = [*[None] * (cells.columns.nlevels - 1), cells.index.name]  # beside the columns' names: no line for it alone
+    return narrow.rename_axis(index=None, columns=heads).style.set_caption(caption).set_table_styles(_TABLE)
 
 
 _TABLE = [
     {"selector": "caption", "props": "caption-side: top; text-align: left; font-size: 1em; padding: 0.4em 0"},
     {"selector": "td, th", "props": "text-align: right; padding: 0.25em 0.5em; white-space: nowrap"},
-    {"selector": "th.row_heading", "props": "text-align: left; white-space: pre"},
+    {"selector": "th", "props": "white-space: pre"},
+    {"selector": "th.row_heading", "props": "text-align: left"},
     {"selector": "th.col_heading.level0", "props": "text-align: center; border-bottom: 1px solid #999"},
 ]
 
@@ -324,8 +327,8 @@ def beside_paper(cells: pd.DataFrame) -> Figure:
     for axes, ((table, measure), part) in zip(grid.flat, panels, strict=False):
         _beside_paper(axes, part.reset_index(drop=True))
         axes.set_title(f"Table {table[-1]}: {measure}" + (" (%)" if (part["unit"] == "%").all() else ""))
-        found, labels = axes.get_legend_handles_labels()
-        handles = dict(zip(labels, found, strict=True)) | handles
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
     order = sorted(handles, key=lambda label: label.startswith("paper"))
     loc = {"loc": "outside upper center", "ncols": min(len(order), 7), "fontsize": "small"}
     figure.legend([handles[label] for label in order], order, **loc)

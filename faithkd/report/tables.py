@@ -258,7 +258,8 @@ def _tidy(table: pd.DataFrame, name: str) -> pd.DataFrame:
 def _texts(cells: pd.DataFrame, form: str, value: str, where: tuple) -> pd.Series:
     """`form` filled in for each of `cells` that has the value, the `end` of its row among the students in bold."""
     row, column, end = where
-    running = cells[value].mask(cells[column].eq("RT") | (end is None))
+    running = cells[value].round(int(re.search(r"\.(\d)f", form)[1]))  # what reads the same is the same
+    running = running.mask(cells[column].eq("RT") | (end is None))
     wins = running == running.groupby(cells[row]).transform(end or "max")
     texts = [form.format(**record) for record in cells.to_dict("records")]
     bold = [
