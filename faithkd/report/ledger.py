@@ -207,6 +207,8 @@ def changes(readings: pd.DataFrame, shown: list[tuple[str, str, str]]) -> pd.Dat
     for measure, method, eps in shown:
         part = both[(both["measure"] == measure) & (both["method"] == method) & (both["eps"] == eps)]
         ends = part.groupby("reading", sort=False)["value"].agg(["min", "max"])
+        if as_is not in ends.index:  # a network that was not trained
+            continue
         digits = 3 if measure in tables.BOUNDS else 1
         title = f"{method}: {measure}" + (f", ε = {eps}" if eps != "0" else "")
         columns[title] = {
