@@ -1,5 +1,6 @@
 """Robust accuracy, agreement and EmpLB on networks simple enough to know the answer; and the stronger searches."""
 
+import re
 import sys
 from copy import deepcopy
 
@@ -167,3 +168,5 @@ def test_the_tables_of_both_stronger_searches():
     assert (wider["EmpLB"] <= wider["StrongLB"]).all() and (wider["StrongLB"] <= wider["FaithUB"] + 1e-12).all()
     gains = tables.strong(wider)
     assert len(gains) == len(STUDENTS) and (gains["mean"] <= gains["largest"] + 1e-12).all()
+    for name, frame in (("autoattack", tables.auto_attack(attacked)), ("strong", gains)):
+        assert tables.layout(frame, name).map(lambda text: bool(re.search(r"\d", text))).all(axis=None)

@@ -9,6 +9,7 @@ from faithkd.core.data import Split
 from faithkd.report import figure1
 
 EPS = 0.1
+EFFORT = {"steps": 10, "step_factor": 2.5, "restarts": 2, "seed": 0}
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_clear_disagreement_needs_a_teacher_who_is_right_and_a_student_who_is_
 
 @pytest.mark.parametrize("clip", [None, (torch.tensor(0.0), torch.tensor(1.0))])
 def test_corners_are_corners_and_their_scores_are_theirs(pair, images, clip):
-    found, scores = figure1.corners(figure1.same_class, *pair, images, EPS, steps=10, restarts=2, seed=0, clip=clip)
+    found, scores = figure1.corners(figure1.same_class, pair, images, EPS, EFFORT | {"clip": clip})
     lower, upper = attacks.ball(images.x, EPS, clip)
     assert ((found == lower) | (found == upper)).all()
     with torch.no_grad():
@@ -53,7 +54,7 @@ def test_the_cut_goes_through_the_image_and_both_corners(images, second):
     signs = torch.arange(12)
     x1 = torch.where(signs % 2 == 0, upper, lower)
     x2 = {"another": torch.where(signs < 5, upper, lower), "the same": x1, "the opposite": lower + upper - x1}[second]
-    frame, points, where = figure1.cut(x, x1, x2, EPS, side=side, seed=0)
+    frame, points, where = figure1.cut((x, x1, x2), EPS, side=side, seed=0)
     assert len(frame) == len(points) == side**2 and frame.abs().max().tolist() == [1, 1]
     for name, corner in {"x": x, "x1": x1, "x2": x2}.items():
         place = (frame[["a", "b"]] - list(where[name])).abs().sum(axis=1)

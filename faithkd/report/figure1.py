@@ -34,7 +34,7 @@ def heat_map(
     disagreement was `found`.
     """
     sd = students["SD"]
-    at, clarity = corners(clear_disagreement, teacher, sd, images, eps, restarts=restarts, **search)
+    at, clarity = corners(clear_disagreement, (teacher, sd), images, eps, search | {"restarts": restarts})
     calm = evaluation.agreement(teacher, students["FD"], images.x, eps, restarts=restarts, **search).holds
     networks = (teacher, *students.values())
     right = torch.stack([evaluation.predictions(network, images.x) == images.y for network in networks]).all(0)
@@ -44,8 +44,8 @@ def heat_map(
     row = int((clarity - apart + 4.0 * wanted + 2.0 * (wanted & calm)).argmax())
     chosen = images[row : row + 1]
     x, x1 = chosen.x, at[row : row + 1]
-    x2, _ = corners(same_class, teacher, sd, chosen, eps, restarts=4 * restarts, **search)
-    frame, points, where = cut(x, x1, x2, eps, side=side, seed=search["seed"], clip=search["clip"])
+    x2, _ = corners(same_class, (teacher, sd), chosen, eps, search | {"restarts": 4 * restarts})
+    frame, points, where = cut((x, x1, x2), eps, side=side, seed=search["seed"], clip=search["clip"])
     panels = []
     for method, network in students.items():
         with torch.no_grad():
@@ -78,22 +78,17 @@ def same_class(teacher_logits: Tensor, student_logits: Tensor, y: Tensor) -> tup
 
 def corners(
     criterion: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    teacher: nn.Module,
-    student: nn.Module,
+    pair: tuple[nn.Module, nn.Module],
     images: Split,
     eps: float,
-    *,
-    steps: int,
-    restarts: int,
-    seed: int,
-    step_factor: float = 2.5,
-    clip: Clip | None = None,
+    effort: dict,
 ) -> tuple[Tensor, Tensor]:
     """The corner of each image's ball that PGD finds best: corners (N, *shape) and scores (N,) of `criterion`, eq. (2).
 
-    The ascent walks through the ball; every point on its way is judged at the corner of its own orthant.
+    `pair`: teacher and student; `effort`: steps, step_factor, restarts, seed and clip. The ascent walks through the
+    ball; every point on its way is judged at the corner of its own orthant.
     """
-    networks, x, clip, back = fastest((teacher, student), images.x, clip)
+    networks, x, clip, back = fastest(pair, images.x, effort["clip"])
     lower, upper = ball(x, eps, clip)
 
     def logits(z: Tensor) -> tuple[Tensor, ...]:
@@ -107,21 +102,15 @@ def corners(
             score = criterion(*logits(corner(z)), images.y)[1]
         return criterion(*logits(z), images.y)[0], score
 
-    found, score = search(
-        objective,
-        x,
-        eps,
-        steps=steps,
-        step_size=step_factor * eps / steps,
-        restarts=restarts,
-        generator=torch.Generator().manual_seed(seed),
-        clip=clip,
-    )
+    steps = effort["steps"]
+    options = {"steps": steps, "step_size": effort["step_factor"] * eps / steps, "restarts": effort["restarts"]}
+    generator = torch.Generator().manual_seed(effort["seed"])
+    found, score = search(objective, x, eps, generator=generator, clip=clip, **options)
     return back(corner(found)), score
 
 
 def cut(
-    x: Tensor, x1: Tensor, x2: Tensor, eps: float, *, side: int, seed: int, clip: Clip | None = None
+    points: tuple[Tensor, Tensor, Tensor], eps: float, *, side: int, seed: int, clip: Clip | None = None
 ) -> tuple[pd.DataFrame, Tensor, dict[str, tuple[float, float]]]:
     """The ball's cut through x and its corners x₁, x₂: coordinates (a, b) in [−1, 1]², points, and who is where.
 
@@ -129,6 +118,7 @@ def cut(
     max(|a|, |b|) is the distance ‖x' − x‖∞ in units of ε: the ball's cut is the whole square, `side` points wide. With
     clipping, the unit of a pixel is as far as it can go in its direction.
     """
+    x, x1, x2 = points
     lower, upper = ball(x, eps, clip)
     first = torch.where(x1 >= upper, 1.0, -1.0).flatten().double()
     second = torch.where(x2 >= upper, 1.0, -1.0).flatten().double()
@@ -140,8 +130,8 @@ def cut(
     ticks = torch.linspace(-1, 1, side, dtype=torch.float64)
     a, b = (axis.flatten() for axis in torch.meshgrid(ticks, ticks, indexing="xy"))
     share = (a[:, None] * across + b[:, None] * along).to(x.dtype).view(-1, *x.shape[1:])
-    points = x + share.clamp(min=0) * (upper - x) + share.clamp(max=0) * (x - lower)
+    grid = x + share.clamp(min=0) * (upper - x) + share.clamp(max=0) * (x - lower)
     where = {"x": (0.0, 0.0)}
     for name, corner in (("x1", first), ("x2", second)):
         where[name] = tuple(float(corner @ axis / axis.abs().sum()) for axis in (across, along))
-    return pd.DataFrame({"a": a.numpy(), "b": b.numpy()}), torch.clamp(points, lower, upper), where
+    return pd.DataFrame({"a": a.numpy(), "b": b.numpy()}), torch.clamp(grid, lower, upper), where

@@ -8,8 +8,7 @@ from itertools import permutations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
-from scipy.stats import t as student_t
+from scipy.stats import norm, t
 
 from faithkd.report import paper, tables
 from faithkd.report.decide import HOLDS, JUDGED, MOST_SEEDS, UNDECIDED, decide, worst_first
@@ -145,9 +144,9 @@ def cells(values: pd.DataFrame, fewer: pd.DataFrame | None = None) -> pd.DataFra
 
     `values`: from `per_seed`; `fewer`: from the function of that name. Columns: KEYS; `unit`; `paper`; `ours`, the mean
     over k `seeds`; `low` and `high`, the 95 % interval of that mean, mean ± t s / √k; `least` and `most`, the 95 %
-    prediction interval for *one more run*, mean ± t s √(1 + 1/k), with the t distribution of k − 1 degrees of freedom,
-    or with fewer images in the paper ± √(t² s² (1 + 1/k) + 1.96² `drawn`²); `difference`, ours − paper; `relative`, its
-    share of the paper's value; `verdict` on the paper's single run, rounded as printed:
+    prediction interval for *one more run*, ± √(t² s² (1 + 1/k) + 1.96² `drawn`²), t of k − 1 degrees of freedom;
+    `difference`, ours − paper; `relative`, its share of the paper's value; `verdict` on the paper's single run, rounded
+    as printed:
 
     * "above", "below": the paper's value lies outside the prediction interval, and our mean is above or below it;
     * "within": it lies inside, and the interval is narrow: at most ± 5 points, or ± a quarter of the paper's value;
@@ -155,10 +154,10 @@ def cells(values: pd.DataFrame, fewer: pd.DataFrame | None = None) -> pd.DataFra
     """
     found = values.groupby(KEYS, sort=False)["value"].agg(ours="mean", spread="std", seeds="count").reset_index()
     found = found.merge(papers(), on=KEYS)
-    percent = found["table"].isin(["accuracy", "table1", "table3"])
-    found["unit"] = np.where(percent, "%", "confidence")
-    half = _quantile(found["seeds"]) * found["spread"]
     drawn = 0.0 if fewer is None or fewer.empty else found.merge(fewer, "left", on=KEYS)["drawn"].fillna(0.0)
+    percent, rounding = found["table"].isin(["accuracy", "table1", "table3"]), found["table"].map(ROUNDING)
+    found["unit"] = np.where(percent, "%", "confidence")
+    half = t.ppf(0.5 + LEVEL / 2, found["seeds"] - 1) * found["spread"]  # NaN for one seed, which has no spread
     error = half / np.sqrt(found["seeds"])
     reach = np.sqrt(half**2 * (1 + 1 / found["seeds"]) + (norm.ppf(0.5 + LEVEL / 2) * drawn) ** 2)
     found["low"], found["high"] = found["ours"] - error, found["ours"] + error
@@ -166,19 +165,11 @@ def cells(values: pd.DataFrame, fewer: pd.DataFrame | None = None) -> pd.DataFra
     found["difference"] = found["ours"] - found["paper"]
     found["relative"] = found["difference"] / found["paper"].where(found["paper"] != 0)
     limit = np.where(percent, NARROW["%"], NARROW["confidence"] * found["paper"])
-    rounding = found["table"].map(ROUNDING)
-    inside = found["difference"].abs() <= reach + rounding
-    decided = np.where(inside, "within", np.where(found["difference"] > 0, "above", "below"))
-    narrow = reach <= np.maximum(limit, rounding)
-    found["verdict"] = np.where(reach.isna() | (inside & ~narrow), "undecided", decided)
+    inside, narrow = found["difference"].abs() <= reach + rounding, reach <= np.maximum(limit, rounding)
+    cases = [reach.isna() | (inside & ~narrow), inside, found["difference"] > 0]
+    found["verdict"] = np.select(cases, ["undecided", "within", "above"], "below")
     numbers = ["paper", "ours", "low", "high", "least", "most", "difference", "relative"]
     return found[[*KEYS, "unit", "seeds", *numbers, "verdict"]]
-
-
-def _quantile(seeds):
-    """The two-sided t quantile for a mean over `seeds` values; NaN for one, which has no spread."""
-    seeds = np.asarray(seeds, dtype=float)
-    return np.where(seeds > 1, student_t.ppf(0.5 + LEVEL / 2, np.maximum(seeds - 1, 1)), np.nan)
 
 
 def summary(cells: pd.DataFrame) -> pd.DataFrame:
@@ -202,6 +193,31 @@ def distances(readings: pd.DataFrame) -> pd.DataFrame:
     beside = readings[~readings["measure"].str.startswith("std")].merge(papers(), on=KEYS)
     off = (beside["value"] - beside["paper"]).abs()
     return beside.assign(off=off).pivot_table(index="reading", columns="measure", values="off", sort=False)
+
+
+def changes(readings: pd.DataFrame, shown: list[tuple[str, str, str]]) -> pd.DataFrame:
+    """`experiment.readings`, or `settings`, for people: a row per reading, a column for each (measure, method, ε).
+
+    First the paper, if it has these numbers, then the unchanged profile from the lowest to the highest of its seeds; a
+    value outside this range stands between two stars.
+    """
+    theirs = papers().rename(columns={"paper": "value"}).assign(reading="paper")
+    theirs = theirs[theirs["dataset"] == readings["dataset"].iloc[0]]
+    both, as_is, columns = pd.concat([theirs, readings]), readings["reading"].iloc[0], {}
+    for measure, method, eps in shown:
+        part = both[(both["measure"] == measure) & (both["method"] == method) & (both["eps"] == eps)]
+        ends = part.groupby("reading", sort=False)["value"].agg(["min", "max"])
+        if as_is not in ends.index:  # a network that was not trained
+            continue
+        digits = 3 if measure in tables.BOUNDS else 1
+        title = f"{method}: {measure}" + (f", ε = {eps}" if eps != "0" else "")
+        columns[title] = {
+            name: " to ".join(dict.fromkeys(f"{end:.{digits}f}" for end in (low, high)))
+            if name == "paper" or ends.loc[as_is, "min"] <= low <= high <= ends.loc[as_is, "max"]
+            else f"**{low:.{digits}f}**"
+            for name, (low, high) in ends.iterrows()
+        }
+    return pd.DataFrame(columns).rename(index={as_is: f"{as_is}, all seeds"}).fillna("–")
 
 
 # --- claims C1 to C8: what the paper concludes
@@ -329,7 +345,7 @@ def interval(row) -> str:
 
 
 def page(found: dict[str, pd.DataFrame]) -> list[str]:
-    """The claims page in Markdown from the `claims` of each profile: RULE, a row a claim and data set, pictures."""
+    """The claims page in Markdown from the `claims` of each profile: RULE, then a row a claim and data set."""
     found = {profile: table for profile, table in found.items() if table["claimed"].all()}
     summary = "<summary>The rule, fixed before the numbers were looked at</summary>"
     lines = [f"<details>{summary}", "", *RULE.splitlines(), "", "</details>", ""]
@@ -338,7 +354,7 @@ def page(found: dict[str, pd.DataFrame]) -> list[str]:
     for row in sorted(rows, key=lambda row: row["claim"]):  # stable: the profiles keep their order
         name, where = f"{row['mark']} {row['claim']}: {row['text']}", f"`{row['profile']}`, {row['seeds']}"
         lines.append(f"| {name} | {where} | {interval(row)} at ε = {row['eps']} | {row['words']} |")
-    return [*lines, "", *(f"![The claims on {name}](figures/{name}/claims.png)" for name in found)]
+    return lines
 
 
 # --- proved, image by image
@@ -358,14 +374,10 @@ def proved(bounds: pd.DataFrame) -> pd.DataFrame:
         raise AssertionError("a lower bound lies above an upper bound: one is wrong, please report it")
     names = [name for name in ("eps", "seed", "image") if name in bounds]
     ends = bounds.assign(upper=upper, lower=lower).pivot(index=names, columns="method", values=["lower", "upper"])
-    beats = {
-        pair: 100.0 * (ends["upper", pair[0]] + LB_NOISE < ends["lower", pair[1]]).groupby("eps").mean()
-        for pair in permutations(dict.fromkeys(bounds["method"]), 2)
-    }
-    shares = pd.concat(beats, names=["student", "rival"]).rename("proved").reset_index()
-    swapped = shares.rename(columns={"student": "rival", "rival": "student", "proved": "lost"})
-    shares = shares.merge(swapped, on=["student", "rival", "eps"])
-    shares["open"] = 100 - shares["proved"] - shares["lost"]
-    shares["images"] = shares["eps"].map(ends.groupby("eps").size())
-    order = {eps: place for place, eps in enumerate(dict.fromkeys(bounds["eps"]))}
-    return shares.sort_values("eps", key=lambda eps: eps.map(order), kind="stable", ignore_index=True)
+    rows = []
+    for eps in bounds["eps"].unique():
+        low, high = ends.loc[eps, "lower"], ends.loc[eps, "upper"] + LB_NOISE
+        for one, other in permutations(bounds["method"].unique(), 2):
+            won, lost = (100.0 * (high[a] < low[b]).mean() for a, b in ((one, other), (other, one)))
+            rows.append((one, other, eps, won, lost, 100 - won - lost, len(low)))
+    return pd.DataFrame(rows, columns=["student", "rival", "eps", "proved", "lost", "open", "images"])

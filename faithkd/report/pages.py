@@ -39,22 +39,26 @@ def renew(notebooks: list[Path]) -> None:
 
 def readme(text: str, notebooks: list[Path]) -> str:
     """README.md with its tables of notebooks and of profiles made anew from the notebooks and the committed figures."""
-    for name, lines in (("notebooks", _contents(notebooks)), ("numbers", _expectations())):
-        text = _renewed("README.md", text, name, lines)
-    return text
+    return _renewed("README.md", text, notebooks=_contents(notebooks), numbers=_expectations())
+
+
+def paper_page(text: str) -> str:
+    """PAPER.md with what stands in figures/: the verdicts on its claims, its numbers beside ours, and its gaps."""
+    return _renewed("PAPER.md", text, claims=_claims(), ledger=_numbers(), readings=_readings())
 
 
 def benchmarks_page(text: str) -> str:
     """benchmarks/README.md with what was measured, from benchmarks/results/."""
-    return _renewed("benchmarks/README.md", text, "bounds", _measured())
+    return _renewed("benchmarks/README.md", text, bounds=_measured())
 
 
-def _renewed(page: str, text: str, name: str, lines: list[str]) -> str:
-    """The page's text with what stands between the comments of its block `name` replaced."""
-    block = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
-    text, found = block.subn(lambda match: match[1] + "".join(f"{line}\n" for line in lines), text)
-    if found != 1:
-        raise NotebookError(f"{page} must hold one block `<!-- {name}: … -->` up to `<!-- end of {name} -->`")
+def _renewed(page: str, text: str, **blocks: list[str]) -> str:
+    """The page's text with what stands between the comments of each block replaced by its lines."""
+    for name, lines in blocks.items():
+        block = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+        text, found = block.subn(lambda match, made=lines: match[1] + "".join(f"{line}\n" for line in made), text)
+        if found != 1:
+            raise NotebookError(f"{page} must hold one block `<!-- {name}: … -->` up to `<!-- end of {name} -->`")
     return text
 
 
@@ -103,45 +107,37 @@ def _expectations() -> list[str]:
 
 def weights_page(_text: str) -> str:
     """weights/README.md: where which networks lie, a row for each folder."""
-    folders: dict[str, dict[str, set[str]]] = {}
-    for file in (paths.ROOT / "weights").rglob("*.safetensors"):
-        *place, seed, name = file.relative_to(paths.ROOT / "weights").with_suffix("").parts
-        found = folders.setdefault("/".join(place), {"seeds": set(), "networks": set()})
-        found["seeds"].add(seed.removeprefix("seed"))
-        found["networks"].add(name)
+    root = paths.ROOT / "weights"
+    files = [file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.safetensors")]
+    found = pd.Series(sorted(files)).str.extract("(?P<folder>.+)/seed(?P<seed>.+)/(?P<network>.+)")
     rows = [
-        [f"`{folder}`", _in_a_row(found["seeds"]), ", ".join(sorted(found["networks"]))]
-        for folder, found in sorted(folders.items())
+        [f"`{folder}`", _in_a_row(part["seed"]), ", ".join(sorted(set(part["network"])))]
+        for folder, part in found.groupby("folder")
     ]
     return WEIGHTS_HEAD + "\n".join(_table(["folder", "seeds", "networks"], rows)) + "\n"
 
 
-def _in_a_row(seeds: set[str]) -> str:
+def _in_a_row(seeds) -> str:
     """Seeds as "0, 1, 2" or, where there are more without a gap, as "0 to 19"."""
-    numbers = sorted(map(int, seeds))
+    numbers = sorted(set(map(int, seeds)))
     if len(numbers) > 3 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]} to {numbers[-1]}"
     return ", ".join(map(str, numbers))
 
 
-def paper_page(text: str) -> str:
-    """PAPER.md with its blocks `claims`, `ledger` and `readings` made anew from the committed figures: the verdicts on
-    its claims, its numbers beside ours, and what it leaves open, filled in other ways."""
-    text = _renewed("PAPER.md", text, "claims", ledger.page(_committed("claims")))
-    text = _renewed("PAPER.md", text, "ledger", _numbers())
-    return _renewed("PAPER.md", text, "readings", _readings())
-
-
-def _committed(name: str) -> dict:
-    """figures/<profile>/<name>.csv as a DataFrame for every profile that has one, without overrides and but QUICK."""
-    files = sorted((paths.ROOT / "figures").glob(f"*/{name}.csv"))
+def _committed(name: str) -> dict[str, pd.DataFrame]:
+    """The committed table `name` of every profile that has one, without overrides and but QUICK."""
     known = {file.stem for file in (paths.ROOT / "params").glob("*.yaml")} - {QUICK}
-    found = {}
-    for file in files:
-        if file.parent.name in known:
-            with paths.reading(file):
-                found[file.parent.name] = pd.read_csv(file, dtype={"eps": str}).astype({"eps": str})  # all have it
-    return found
+    found = sorted(file.parent.name for file in (paths.ROOT / "figures").glob(f"*/{name}.csv"))
+    return {profile: tables.committed(profile, name) for profile in found if profile in known}
+
+
+def _claims() -> list[str]:
+    """The claims page, and a forest plot for each data set of the paper."""
+    found = _committed("claims")
+    alt = "a line for each claim and radius: its mean margin and range over the seeds; right of zero the claim is right"
+    pictures = [f"![{name}: {alt}](figures/{name}/claims.png)\n" for name in found if found[name]["claimed"].all()]
+    return [*ledger.page(found), "", *pictures]
 
 
 def _numbers() -> list[str]:
@@ -155,29 +151,21 @@ def _numbers() -> list[str]:
             off = f"{row['off']:.1f} " + ("points" if row["unit"] == "%" else "%")
             counts = [row[name] for name in ("cells", *ledger.VERDICTS)]
             compared.append([f"`{profile}`", f"{row['table']}: {row['measure']}", *counts, off])
-        for title, part in _key_rows(table):
-            values = {row["method"]: _beside(row) for row in part.to_dict("records")}
-            shown = [values.get(method, "–") for method in methods]
-            beside.append([f"`{profile}`, {_seeds(table)}", title, *shown])
+        radii = table[table["table"] == "table2"]["eps"].unique()
+        middle, last = radii[len(radii) // 2], radii[-1]
+        shown = {"accuracy": "0", "robust accuracy": last, "agreement": last, "EmpLB": middle, "FaithUB": middle}
+        main = table[table["table"].isin(["accuracy", "table1", "table2"])]
+        for measure, eps in shown.items():
+            part = main[(main["measure"] == measure) & (main["eps"] == eps)].to_dict("records")
+            title = f"{measure}{' (%)' if part[0]['unit'] == '%' else ''} at ε = {eps}"
+            values = {row["method"]: _beside(row) for row in part}
+            seeds = f"`{profile}`, {table['seeds'].max()} seeds"
+            beside.append([seeds, title, *(values.get(method, "–") for method in methods)])
     return [
         *_table(["profile", "cells of", "cells", *ledger.VERDICTS, "mean difference"], compared),
         "",
         *_table(["profile, seeds", "ours ± 95 % of the mean [paper]", *methods], beside),
     ]
-
-
-def _key_rows(table):
-    """The clean accuracies, Table 1 at the largest and Table 2 at the middle radius: yield (title, rows)."""
-    radii = list(dict.fromkeys(table[table["table"] == "table2"]["eps"]))
-    wanted = [
-        ("accuracy", "accuracy", "0"),
-        ("table1", "robust accuracy", radii[-1]),
-        ("table1", "agreement", radii[-1]),
-    ]
-    wanted += [("table2", bound, radii[len(radii) // 2]) for bound in ("EmpLB", "FaithUB")]
-    for name, measure, eps in wanted:
-        part = table[(table["table"] == name) & (table["measure"] == measure) & (table["eps"] == eps)]
-        yield f"{measure}{' (%)' if name != 'table2' else ''} at ε = {eps}", part
 
 
 def _readings() -> list[str]:
@@ -188,21 +176,14 @@ def _readings() -> list[str]:
         if len(off) < 2:  # a data set that the paper does not use, or a profile without other readings
             continue
         eps = table["eps"].iloc[-1]
-        shown = [("accuracy", "RT", "0")] + [
-            ("robust accuracy", method, eps) for method in ("RT", "SD", "FD") if method in set(table["method"])
-        ]
-        heads = [f"{method}: {measure}" + (f", ε = {e}" if e != "0" else "") for measure, method, e in shown]
-        rows = []
-        for reading, distance in off.iterrows():
-            part = table[table["reading"] == reading]
-            cells = []
-            for measure, method, e in shown:
-                at = (part["measure"] == measure) & (part["method"] == method) & (part["eps"] == e)
-                low, high = part["value"][at].min(), part["value"][at].max()
-                cells.append(f"{low:.1f}" if low == high else f"{low:.1f} to {high:.1f}")
-            cells += [f"{value:.{3 if measure in tables.BOUNDS else 1}f}" for measure, value in distance.items()]
-            rows.append([f"`{reading}`" if "=" in reading else f"{reading}, all seeds", *cells])
-        lines += ["", *_table([f"`{profile}`", *heads, *(f"off: {measure}" for measure in off)], rows)]
+        methods = [method for method in ("RT", "SD", "FD") if method in set(table["method"])]
+        shown = ledger.changes(table, [("accuracy", "RT", "0"), *(("robust accuracy", m, eps) for m in methods)])
+        for measure, values in off.items():
+            digits = 3 if measure in tables.BOUNDS else 1
+            shown[f"off: {measure}"] = values.map(f"{{:.{digits}f}}".format).set_axis(shown.index[1:])
+        names = [f"`{name}`" if "=" in name else name for name in shown.index]
+        rows = [[name, *row] for name, row in zip(names, shown.fillna("–").to_numpy(), strict=True)]
+        lines += ["", *_table([f"`{profile}`", *shown], rows)]
     return lines[1:] or ["No data set of the paper has been run with other readings yet."]
 
 
@@ -211,11 +192,6 @@ def _beside(row: dict) -> str:
     half = (row["high"] - row["low"]) / 2
     interval = f" ±{half:.{digits}f}" if half == half else ""  # one seed has none
     return f"{row['ours']:.{digits}f}{interval} [{row['paper']:.{digits}f}]"
-
-
-def _seeds(table) -> str:
-    count = table["seeds"].max()
-    return f"{count} seed{'s' if count != 1 else ''}"
 
 
 def _table(heads: list[str], rows: list[list]) -> list[str]:

@@ -1,14 +1,41 @@
 """From tidy per-image measurements to the paper's Tables 1, 2, 3 and 5, in the columns of its own CSV files."""
 
+import re
+
 import numpy as np
 import pandas as pd
 
+from faithkd import paths
 from faithkd.report import paper
 from faithkd.report.paper import STUDENTS
 
 MEASURES = ("robust_accuracy", "agreement")
 BOUNDS = ("EmpLB", "FaithUB")
 CEILING = 0.99  # a FaithUB above it says nothing
+
+
+def committed(profile: str, name: str) -> pd.DataFrame:
+    """figures/<profile>/<name>.csv as it travels with the repository; radii ε stay text, "8/255".
+
+    Raises NotebookError where it is missing or damaged.
+    """
+    file = paths.ROOT / "figures" / profile / f"{name}.csv"
+    with paths.reading(file):
+        return pd.read_csv(file, dtype={"eps": str}).astype({"eps": str})  # every table has it
+
+
+def shown(p, name: str) -> pd.DataFrame:
+    """What a notebook opens on: the committed table of a profile with the paper's data, where there is none MNIST's."""
+    own = is_papers(p.data.name) and (paths.ROOT / "figures" / p.profile / f"{name}.csv").is_file()
+    return committed(p.profile if own else "mnist", name)
+
+
+def is_papers(dataset: str) -> bool:
+    """Whether the paper reports this data set at all."""
+    return dataset in set(paper.table("accuracy")["dataset"])
+
+
+# --- the paper's tables
 
 
 def table1(robustness: pd.DataFrame) -> pd.DataFrame:
@@ -52,12 +79,6 @@ def parts(frame: pd.DataFrame, size: int):
         yield number, frame[place // size == number]
 
 
-def means_of_parts(faithfulness: pd.DataFrame, size: int) -> pd.DataFrame:
-    """Table 2's means from each of `parts`: columns dataset, eps, bound, method, mean, std, images, `part`."""
-    made = [table2(part).assign(part=number) for number, part in parts(faithfulness, size)]
-    return pd.concat(made, ignore_index=True)
-
-
 def table3(steps: pd.DataFrame, images: list[int]) -> pd.DataFrame:
     """Table 3: EmpLB by number of PGD steps for a few examples, RSLAD beside FD.
 
@@ -91,72 +112,69 @@ def examples(steps: pd.DataFrame, count: int) -> list[int]:
     return [int(image) for image in ranked["image"].head(count)]
 
 
-def accuracies(robustness: pd.DataFrame) -> pd.DataFrame:
-    """Clean test accuracies in % (§6), one row per data set: the ε = 0 rows of Table 1's measurement."""
-    clean = robustness[robustness["eps"] == "0"]
-    wide = clean.groupby(["dataset", "method"], sort=False)["robust"].mean().mul(100).unstack("method")
-    wide.columns.name = None
-    return wide[["RT", *STUDENTS]].reset_index()
+# --- past the paper: a row per (dataset, eps, method), with the number of `images`
+
+
+def _means(frame: pd.DataFrame, columns: list[str], by: str = "method") -> pd.DataFrame:
+    groups = frame.groupby(["dataset", "eps", by], sort=False)
+    return groups[columns].mean().assign(images=groups.size())
 
 
 def best(frame: pd.DataFrame) -> pd.DataFrame:
-    """Table 2's bracket beside ours: means of EmpLB, BestLB, BestUB and FaithUB per (dataset, eps, method).
+    """Table 2's bracket beside ours: means of EmpLB, BestLB, BestUB and FaithUB; `frame`: `experiment.best`.
 
-    `frame` is that of `experiment.best`. `closed`: the share (in %) of FaithUB − EmpLB, in the mean, by which BestUB
-    lies below FaithUB; what is left is BestUB − EmpLB, and PGD's share of it is unknown.
+    `closed`: the share (in %) of FaithUB − EmpLB, in the mean, by which BestUB lies below FaithUB; what is left is
+    BestUB − EmpLB, and PGD's share of it is unknown.
     """
-    groups = frame.groupby(["dataset", "eps", "method"], sort=False)
-    means = groups[["EmpLB", "BestLB", "BestUB", "FaithUB"]].mean()
+    means = _means(frame, ["EmpLB", "BestLB", "BestUB", "FaithUB"])
     gap = means["FaithUB"] - means["EmpLB"]
-    means["closed"] = 100 * (means["FaithUB"] - means["BestUB"]) / gap.where(gap > 0)
-    means["images"] = groups.size()
+    means.insert(4, "closed", 100 * (means["FaithUB"] - means["BestUB"]) / gap.where(gap > 0))
     return means.reset_index()
 
 
 def ladder(frame: pd.DataFrame) -> pd.DataFrame:
-    """How far each step of the bounds gets, per (dataset, eps, rung); `frame` is that of `experiment.ladder`.
+    """How far each step of the bounds gets, per `rung`: `mean`, and `informative`, the share (%) below CEILING.
 
-    `mean`, and `informative`, the share of images in % whose bound is below CEILING, so that it says something.
+    `frame`: `experiment.ladder`.
     """
-    groups = frame.assign(informative=100.0 * (frame["FaithUB"] < CEILING)).groupby(
-        ["dataset", "eps", "rung"], sort=False
-    )
-    columns = {"mean": ("FaithUB", "mean"), "informative": ("informative", "mean"), "images": ("FaithUB", "size")}
-    return groups.agg(**columns).reset_index()
+    shown = frame.assign(mean=frame["FaithUB"], informative=100.0 * (frame["FaithUB"] < CEILING))
+    return _means(shown, ["mean", "informative"], by="rung").reset_index()
 
 
 def agreement_intervals(frame: pd.DataFrame) -> pd.DataFrame:
-    """Def. 3 between a certified and an empirical value, in %, per (dataset, eps, method).
+    """Def. 3 between a certified and an empirical value, in %; `frame`: `experiment.best`.
 
-    `frame` is that of `experiment.best`. The agreement on its images, eqs (13) and (14), lies between the two.
+    The agreement on its images, eqs (13) and (14), lies between the two.
     """
-    groups = frame.groupby(["dataset", "eps", "method"], sort=False)
-    shares = 100 * groups[["agreement_certified", "agrees"]].mean()
-    shares = shares.set_axis(["certified", "empirical"], axis=1)
-    return shares.assign(images=groups.size()).reset_index()
+    shown = frame.assign(certified=100.0 * frame["agreement_certified"], empirical=100.0 * frame["agrees"])
+    return _means(shown, ["certified", "empirical"]).reset_index()
 
 
 def auto_attack(frame: pd.DataFrame) -> pd.DataFrame:
     """Robust accuracy in % by PGD, AutoAttack and both together (the worst case per image), a row per network.
 
-    `frame` is that of `experiment.auto_attack`. `missed`: images on which PGD fails and AutoAttack does not.
+    `frame`: `experiment.auto_attack`. `missed`: images on which PGD fails and AutoAttack does not.
     """
-    groups = frame.groupby(["dataset", "eps", "method"], sort=False)
-    shares = 100 * groups[["PGD", "AutoAttack", "both"]].mean()
-    missed = groups.apply(lambda part: int((part["PGD"] & ~part["AutoAttack"]).sum()))
-    return shares.assign(missed=missed, images=groups.size()).reset_index()
+    shown = frame.assign(missed=frame["PGD"] & ~frame["AutoAttack"]).astype({"missed": float})
+    means = _means(shown, ["PGD", "AutoAttack", "both", "missed"])
+    means["missed"] = (means["missed"] * means["images"]).round().astype(int)
+    means[["PGD", "AutoAttack", "both"]] *= 100
+    return means.reset_index()
 
 
 def strong(frame: pd.DataFrame) -> pd.DataFrame:
-    """By how much a wider search raises EmpLB, per (dataset, eps, method); `frame` is that of `experiment.strong`.
+    """By how much a wider search raises EmpLB: `mean`, `largest`, and `raised`, the share (%) by more than 0.01.
 
-    `raised`: the share of images, in %, on which StrongLB − EmpLB exceeds 0.01.
+    `frame`: `experiment.strong`.
     """
-    gains = frame.assign(gain=frame["StrongLB"] - frame["EmpLB"])
-    groups = gains.assign(raised=100.0 * (gains["gain"] > 0.01)).groupby(["dataset", "eps", "method"], sort=False)
-    columns = {"EmpLB": ("EmpLB", "mean"), "StrongLB": ("StrongLB", "mean"), "mean": ("gain", "mean")}
-    columns |= {"largest": ("gain", "max"), "raised": ("raised", "mean"), "images": ("gain", "size")}
-    return groups.agg(**columns).reset_index()
+    gain = frame["StrongLB"] - frame["EmpLB"]
+    shown = frame.assign(mean=gain, largest=gain, raised=100.0 * (gain > 0.01))
+    means = _means(shown, ["EmpLB", "StrongLB", "mean", "largest", "raised"])
+    means["largest"] = shown.groupby(["dataset", "eps", "method"], sort=False)["largest"].max()
+    return means.reset_index()
+
+
+# --- for people
 
 
 def beside_paper(ours: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -169,118 +187,82 @@ def beside_paper(ours: pd.DataFrame, name: str) -> pd.DataFrame:
     return ours.merge(theirs, on=keys, how="left", suffixes=("", "_paper"))
 
 
-def is_papers(dataset: str) -> bool:
-    """Whether the paper reports this data set at all."""
-    return dataset in set(paper.table("accuracy")["dataset"])
+# What stands where: what names a row and a column of the table; then for each group of columns its title, the text of a
+# cell and which end of a row is its best, if any.
+_BRACKETS = {bound: (f"{{{bound}:.3f}} ±{{{bound}_std:.3f}}", "min") for bound in BOUNDS}
+LAYOUTS = {
+    "table1": ("eps", "method", {"robust accuracy (%)": ("{robust_accuracy:.1f}", "max"),
+                                 "agreement with RT (%)": ("{agreement:.1f}", "max")}),
+    "table2": ("eps", "method", _BRACKETS),
+    "sample": ("eps", "method", _BRACKETS),
+    "table3": ("example", "method", {f"PGD-{n}": (f"{{pgd{n}:.4f}}", "min") for n in (1, 5, 10, 25, 50)}),
+    "table5": ("eps", "alpha", _BRACKETS),
+    "autoattack": ("attack", "method", {"robust accuracy (%)": ("{value:.1f}", "max")}),
+    "strong": ("eps", "method", {"mean gain": ("{mean:.3f}", None), "largest gain": ("{largest:.2f}", None),
+                                 "raised by > 0.01 (%)": ("{raised:.0f}", None)}),
+    "best": ("eps", "method", {"δ* is at least": ("{BestLB:.3f}", "min"), "δ* is at most": ("{BestUB:.3f}", "min"),
+                               "gap closed (%)": ("{closed:.0f}", None)}),
+    "ladder": ("rung", "eps", {f"mean bound · images below {CEILING}": ("{mean:.3f} · {informative:.0f} %", None)}),
+    "agreement": ("eps", "method", {"certified … empirical (%)": ("{certified:.1f} … {empirical:.1f}", "max")}),
+    "proved": ("pair", "eps", {"images (%): proved · open": ("{proved:.1f} · {open:.1f}", None)}),
+}  # fmt: skip
 
 
-def layout(table: pd.DataFrame, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table for people: (text of the cells, which cells are the best of their group), paper's value in brackets.
+def layout(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A table for people: the text of its cells, the paper's value below ours in brackets.
 
-    `name` is "table1", "table2", "table3", "table5", "sample" (`table2` of few images), "best", "ladder", "agreement",
-    "autoattack", "strong" or "proved"; `table` comes from the function of that name, from `agreement_intervals`,
-    `auto_attack` or `ledger.proved`.
+    `name` is one of LAYOUTS; `table` comes from the function of that name (`sample`: `table2` of few images), from
+    `agreement_intervals`, `auto_attack` or `ledger.proved`. The best student of a row stands between two stars, of
+    ours and of the paper's; with "best" the brackets hold EmpLB and FaithUB of the same images.
     """
+    row, column, groups = LAYOUTS[name]
+    cells = _tidy(table, name)
+    rows, columns = ((table if one in table else cells)[one].unique() for one in (row, column))
+    found = {}
+    for title, (form, end) in groups.items():
+        value = re.search(r"{(\w+)", form)[1]
+        if value not in cells:  # Table 3 of a profile with other numbers of steps
+            continue
+        text = _texts(cells, form, value, (row, column, end))
+        if f"{value}_paper" in cells:
+            theirs = re.sub(r"{(\w+)", r"{\1_paper", form)
+            text += _texts(cells, f"\n[{theirs}]", f"{value}_paper", (row, column, end)).fillna("")
+        found[title] = cells.assign(text=text).pivot(index=row, columns=column, values="text").loc[rows, columns]
+    shown = pd.concat(found, axis=1).dropna(axis=1, how="all").fillna("–")
+    if column == "alpha":
+        shown = shown.rename(columns="α = {:g}".format, level=1)
+    return shown.rename_axis(index="ε" if row == "eps" else row, columns=(None, None))
+
+
+def _tidy(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The table with one row per cell of each group in `layout`."""
     if name == "table1":
-        return _layout1(table)
+        keys, sides = ["dataset", "eps", "method"], (table, paper.table("table1"))
+        ours, theirs = (pd.wide_to_long(t, MEASURES, keys[:2], "method", "_", "[A-Z]+").reset_index() for t in sides)
+        return ours.merge(theirs, "left", on=keys, suffixes=("", "_paper"))
     if name in ("table2", "table5", "sample"):
-        return _layout2(table, "alpha" if name == "table5" else "method", "table5" if name == "table5" else "table2")
-    if name == "table3":
-        steps = [column for column in table if column.startswith("pgd")]
-        long = table.melt(["example", "method"], steps, var_name="steps")
-        long["row"], long["steps"] = long["example"] + "  " + long["method"], "PGD-" + long["steps"].str[3:]
-        best = _is("min", long, "value", ["example", "steps"])
-        return _grid(long, "row", "steps", "example", {"EmpLB": ("{value:.4f}", best)})
+        by = LAYOUTS[name][1]
+        both = beside_paper(table, "table5" if by == "alpha" else "table2")
+        values = {"mean": "", "std": "_std", "mean_paper": "_paper", "std_paper": "_std_paper"}
+        wide = both.pivot(index=["eps", by], columns="bound", values=list(values))
+        return wide.set_axis([bound + values[what] for what, bound in wide], axis=1).reset_index()
     if name == "autoattack":
-        long = table.melt(["method"], ["PGD", "AutoAttack", "both"])
-        best = long["value"] == long["variable"].map(table[table["method"] != "RT"].max())
-        groups = {"robust accuracy (%)": ("{value:.1f}", best & (long["method"] != "RT"))}
-        missed = {"images": ("{missed} of {images}", False)}
-        shares = _grid(long, "method", "variable", "network", groups)
-        return _beside(shares, _grid(table.assign(head="PGD missed"), "method", "head", "network", missed))
-    if name == "ladder":
-        groups = {
-            f"mean bound [images below {CEILING}] at ε": ("{mean:.3f} [{informative:.0f} %]", table["rung"] == "best")
-        }
-        return _grid(table, "rung", "eps", "step", groups)
-    if name == "proved":  # a row per ordered pair of students
-        pairs = table["student"] + " nearer to RT than " + table["rival"]
-        proved = ("{proved:.1f} [{open:.1f}]", table["proved"] > table["lost"])
-        groups = {"images (%) on which it is proved [open] at ε": proved}
-        return _grid(table.assign(pair=pairs), "pair", "eps", "pair", groups)
-    if name == "best":  # the paper's EmpLB and FaithUB on the same images in brackets
-        table = table.assign(closed=table["closed"].map("{:.0f}".format).where(table["closed"].notna(), "–"))
-        groups = {
-            "δ* is at least": ("{BestLB:.3f}\n[{EmpLB:.3f}]", _is("min", table, "BestLB", "eps")),
-            "δ* is at most": ("{BestUB:.3f}\n[{FaithUB:.3f}]", _is("min", table, "BestUB", "eps")),
-            "gap closed (%)": ("{closed}", False),
-        }
-    elif name == "agreement":
-        best = _is("max", table, "certified", "eps")
-        groups = {"agreement with RT on the ball (%)": ("{certified:.1f} … {empirical:.1f}", best)}
-    elif name == "strong":
-        groups = {
-            "mean gain": ("{mean:.3f}", False),
-            "largest gain": ("{largest:.2f}", False),
-            "raised by > 0.01 (%)": ("{raised:.0f}", False),
-        }
-    else:
-        raise ValueError(f"there is no table {name!r}")
-    return _grid(table, "eps", "method", "ε", groups)
+        return table.melt(["method"], ["PGD", "AutoAttack", "both"], var_name="attack")
+    if name == "best":
+        return table.assign(BestLB_paper=table["EmpLB"], BestUB_paper=table["FaithUB"])
+    if name == "proved":
+        return table.assign(pair=table["student"] + " nearer to RT than " + table["rival"])
+    return table
 
 
-def _layout1(table: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    both, found = beside_paper(table, "table1"), []
-    for measure, title in zip(MEASURES, ("robust accuracy (%)", "agreement with RT (%)"), strict=True):
-        columns = [f"{measure}_{m}" for m in ("RT", *STUDENTS) if f"{measure}_{m}" in table]
-        long = both.melt(["eps"], columns, var_name="column")
-        printed = both.reindex(columns=[f"{column}_paper" for column in columns])
-        long["theirs"] = [_bracket("{:.1f}", value) for value in printed.to_numpy().T.flat]
-        long["method"] = long["column"].str.removeprefix(f"{measure}_")
-        best = _is("max", long.assign(value=long["value"].where(long["method"] != "RT")), "value", "eps")
-        found.append(_grid(long, "eps", "method", "ε", {title: ("{value:.1f}{theirs}", best)}))
-    return _beside(*found)
-
-
-def _layout2(table: pd.DataFrame, by: str, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    both, found = beside_paper(table, name), []
-    both["column"] = both[by] if by == "method" else both[by].map("α = {:g}".format)
-    # two lines: eight columns of both side by side do not fit a page
-    pairs = both.reindex(columns=["mean_paper", "std_paper"]).to_numpy()
-    both["theirs"] = [_bracket("{:.3f} ±{:.3f}", *pair).replace(" ", "\n", 1) for pair in pairs]
-    for bound in BOUNDS:
-        part = both[both["bound"] == bound]
-        text = ("{mean:.3f} ±{std:.3f}{theirs}", _is("min", part, "mean", "eps"))
-        found.append(_grid(part, "eps", "column", "ε", {bound: text}))
-    return _beside(*found)
-
-
-def _bracket(form: str, *theirs: float) -> str:
-    """The paper's values in brackets, a blank before them; nothing where it prints none."""
-    return "" if pd.isna(theirs[0]) else f" [{form.format(*theirs)}]"
-
-
-def _is(extreme: str, table: pd.DataFrame, column: str, by) -> pd.Series:
-    """In which rows a column has the least ("min") or largest ("max") value among those with the same `by`."""
-    return table[column] == table.groupby(by)[column].transform(extreme)
-
-
-def _grid(table: pd.DataFrame, row: str, column: str, name: str, groups: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells of `layout` from a table with a row per cell: `row` and `column` say where each stands.
-
-    `groups` holds the columns' groups: title → (text of a cell, a format with the table's columns; which are best).
-    """
-    rows, columns = pd.Index(table[row].unique(), name=name), table[column].unique()
-    frames = ({}, {})
-    for title, (text, best) in groups.items():
-        texts = pd.Series([text.format(**record) for record in table.to_dict("records")], table.index, dtype=object)
-        for found, values in zip(frames, (texts, best), strict=True):
-            placed = table.assign(cell=values).pivot(index=row, columns=column, values="cell")
-            found[title] = placed.reindex(index=rows, columns=columns)
-    cells, best = (pd.concat(found, axis=1).rename_axis(columns=(None, None)) for found in frames)
-    return cells, best
-
-
-def _beside(*parts: tuple[pd.DataFrame, pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    cells, best = (pd.concat(frames, axis=1) for frames in zip(*parts, strict=True))
-    return cells, best
+def _texts(cells: pd.DataFrame, form: str, value: str, where: tuple) -> pd.Series:
+    """`form` filled in for each of `cells` that has the value, the `end` of its row among the students in bold."""
+    row, column, end = where
+    running = cells[value].round(int(re.search(r"\.(\d)f", form)[1]))  # what reads the same is the same
+    running = running.mask(cells[column].eq("RT") | (end is None))
+    wins = running == running.groupby(cells[row]).transform(end or "max")
+    texts = [form.format(**record) for record in cells.to_dict("records")]
+    bold = [
+        re.sub(r"[\w.]+", r"**\g<0>**", text, count=1) if won else text for text, won in zip(texts, wins, strict=True)
+    ]
+    return pd.Series(bold, cells.index, dtype=object).where(cells[value].notna())
