@@ -1,4 +1,4 @@
-"""Every printed solution runs after its notebook's cells, and one that ends in a claim ends in a true one."""
+"""Every solution runs: those in code, whose stubs the next cell tells; those in text, whose last claim is true."""
 
 import ast
 import json
@@ -49,17 +49,23 @@ def test_excursions_repeat_what_notebook_09_writes(number, names):
 
 @pytest.mark.filterwarnings("default")  # a kernel shows them and goes on
 @pytest.mark.parametrize("path", notebooks.listing(), ids=lambda path: path.stem)
-def test_printed_solutions_run(path, tmp_path, monkeypatch):
+def test_solutions_run_and_checks_tell_a_stub(path, tmp_path, monkeypatch):
     """On the quick profile; each in the namespace as the cells left it, whatever another solution did to it."""
     monkeypatch.setenv("FAITHKD_OUTPUTS", str(tmp_path / "log"))
     monkeypatch.chdir(paths.ROOT / "notebooks")
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     notebook, names = json.loads(path.read_text(encoding="utf-8")), {"__name__": "__main__"}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            run("".join(cell["source"]), names)
-            if "parameters" in cell["metadata"].get("tags", []):
-                names["profile"] = pages.QUICK
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    stubs = [cell for cell in teaching.without_solutions(notebook)["cells"] if cell["cell_type"] == "code"]
+    for place, cell in enumerate(code):
+        if "solution" in cell["metadata"].get("tags", []):
+            unsolved = dict(names)
+            run("".join(stubs[place]["source"]), unsolved)
+            with pytest.raises(NotImplementedError, match="hint"):
+                run("".join(code[place + 1]["source"]), unsolved)
+        run("".join(cell["source"]), names)
+        if "parameters" in cell["metadata"].get("tags", []):
+            names["profile"] = pages.QUICK
     _, solutions = teaching.exercises(notebook)
     for number, text in solutions.items():
         left = dict(names)
