@@ -3,6 +3,7 @@
 Solutions stand in the committed notebooks, folded: in code between nbgrader's marks, in text as `<details>`.
 """
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -19,6 +20,20 @@ HEAD = (
     "# Exercises\n\nEach uses the names of the notebook in the heading above it: run all of its cells, then work in "
     "new ones at its end. What is to be written in the notebook itself comes first.\n"
 )
+
+
+def functions(number: str, names: str) -> list:
+    """Functions that another notebook defines, so that each opens alone and nothing is written twice.
+
+    Only its imports and function definitions are executed; `names` are separated by blanks.
+    """
+    (path,), space = notebooks.pick([number]), {}
+    for cell in notebooks.cells(path):
+        if cell["cell_type"] == "code":
+            body = ast.parse(cell["source"]).body
+            kept = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef)]
+            exec(compile(ast.Module(kept, []), path.name, "exec"), space)
+    return [space[name] for name in names.split()]
 
 
 def exercises(notebook: dict) -> tuple[str, dict[int, str]]:
