@@ -1,8 +1,9 @@
 # From nothing but Python >= 3.11 and make: each command sets up .venv by itself, once.
 .DEFAULT_GOAL := help
-.PHONY: help figures train evidence test notebooks lab lint clean
+.PHONY: help figures train evidence test notebooks handout lab lint clean
 
 PROFILE = digits
+TO = course
 PY := .venv/bin/python
 
 figures: .venv/ready
@@ -22,6 +23,9 @@ test: .venv/ready
 
 notebooks: .venv/ready
 	@$(PY) -m faithkd.cli notebooks refresh $(ONLY)
+
+handout: .venv/ready
+	@$(PY) -m faithkd.cli handout '$(TO)' $(ONLY) $(if $(SOLUTIONS),--solutions)
 
 lab: .venv/ready
 	@$(PY) -m jupyter lab notebooks
@@ -50,5 +54,6 @@ help:
 	@echo 'make lab          the notebooks in JupyterLab'
 	@echo 'make test         lint, unit tests, notebooks, everything from an empty store, the browser'
 	@echo 'make notebooks    execute the committed notebooks again after a change'
+	@echo 'make handout [TO=course] [SOLUTIONS=1]  the notebooks for students: stubs in place of solutions'
 	@echo 'make lint [FIX=1] ruff over code and notebooks'
 	@echo 'Each creates .venv first, once (about 6 GB with CUDA libraries; with TORCH=cpu about 1.5 GB).'

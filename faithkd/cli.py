@@ -180,7 +180,7 @@ def handout(
     names: Annotated[list[str] | None, typer.Argument(help="Notebooks: 02, 02-teacher; none: all.")] = None,
     solutions: Annotated[bool, typer.Option("--solutions", help="Keep the solutions: a teacher's copy.")] = False,
 ) -> None:
-    """Copy notebooks for a course, without their solutions, with all their exercises on one sheet."""
+    """Copy notebooks for a course, with stubs in place of solutions, and all their exercises on one sheet."""
     from faithkd.reproduce import teaching
 
     chosen = notebooks.pick(names or [])

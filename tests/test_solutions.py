@@ -1,4 +1,4 @@
-"""Every printed solution runs after its notebook's cells, and one that ends in a claim ends in a true one."""
+"""Every solution runs: those in code, whose stubs the next cell tells; those in text, whose last claim is true."""
 
 import ast
 import json
@@ -7,6 +7,7 @@ import re
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 
 from faithkd import notebooks, paths
 from faithkd.report import pages
@@ -25,41 +26,34 @@ def run(code: str, names: dict):
     return eval(compile(ast.Expression(last.value), name, "eval"), names) if last else None
 
 
-def functions(number: str) -> dict[str, str]:
-    """The functions that a notebook's cells define, by name, as normalised source."""
-    (path,) = (one for one in notebooks.listing() if one.name.startswith(number))
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    trees = [ast.parse("".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
-    return {node.name: ast.unparse(node) for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
-@pytest.mark.parametrize(
-    ("number", "names"),
-    [
-        ("12", "interval program switch softmax_range pair"),
-        ("13", "by_hand interval above over_ball descend softmax_range pair"),
-    ],
-)
-def test_excursions_repeat_what_notebook_09_writes(number, names):
-    """Each notebook opens alone, so what 09 has derived stands folded in 12 and 13: the same text."""
-    first, here = functions("09"), functions(number)
-    for name in names.split():
-        assert here[name] == first[name]
+def test_a_notebook_borrows_functions_of_another():
+    interval, pair = teaching.functions("09", "interval pair")
+    net = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.ReLU())
+    box = interval(net, torch.tensor([-1.0]), torch.tensor([1.0]))
+    assert len(box) == 3 and pair((0.0, 0.5), (0.25, 1.0)) == 1.0
+    with pytest.raises(KeyError, match="bracket"):
+        teaching.functions("09", "bracket")
 
 
 @pytest.mark.filterwarnings("default")  # a kernel shows them and goes on
 @pytest.mark.parametrize("path", notebooks.listing(), ids=lambda path: path.stem)
-def test_printed_solutions_run(path, tmp_path, monkeypatch):
+def test_solutions_run_and_checks_tell_a_stub(path, tmp_path, monkeypatch):
     """On the quick profile; each in the namespace as the cells left it, whatever another solution did to it."""
     monkeypatch.setenv("FAITHKD_OUTPUTS", str(tmp_path / "log"))
     monkeypatch.chdir(paths.ROOT / "notebooks")
     monkeypatch.setattr(plt, "show", lambda: plt.close("all"))
     notebook, names = json.loads(path.read_text(encoding="utf-8")), {"__name__": "__main__"}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            run("".join(cell["source"]), names)
-            if "parameters" in cell["metadata"].get("tags", []):
-                names["profile"] = pages.QUICK
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    stubs = [cell for cell in teaching.without_solutions(notebook)["cells"] if cell["cell_type"] == "code"]
+    for place, cell in enumerate(code):
+        if "solution" in cell["metadata"].get("tags", []):
+            unsolved = dict(names)
+            run("".join(stubs[place]["source"]), unsolved)
+            with pytest.raises(NotImplementedError, match="hint"):
+                run("".join(code[place + 1]["source"]), unsolved)
+        run("".join(cell["source"]), names)
+        if "parameters" in cell["metadata"].get("tags", []):
+            names["profile"] = pages.QUICK
     _, solutions = teaching.exercises(notebook)
     for number, text in solutions.items():
         left = dict(names)
