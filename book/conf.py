@@ -24,7 +24,7 @@ extensions = ["myst_nb", "sphinxcontrib.bibtex"]
 # The source folder is the repository, so that links between pages are the same here and there.
 root_doc = "book/index"
 include_patterns = ["*.md", "benchmarks/README.md", "notebooks/*.ipynb", "book/*.md", "book/sheets/*.md"]
-bibtex_bibfiles = ["book/references.bib"]
+bibtex_bibfiles = ["references.bib"]
 
 nb_execution_mode = "off"
 nb_merge_streams = True
@@ -40,7 +40,7 @@ html_static_path = ["static", str(MATHJAX)]
 html_css_files = ["book.css"]
 html_extra_path = ["extra"]
 mathjax_path = MATHJAX.name  # comes along, with its letters as paths: no fonts, no network
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "use_download_button": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 # Binder and Colab need to know where the repository is published: FAITHKD_REPOSITORY=https://github.com/owner/name
 if repository := os.environ.get("FAITHKD_REPOSITORY"):
     html_theme_options |= {

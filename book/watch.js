@@ -60,7 +60,7 @@
     if (text !== undefined) element.textContent = text;
     return parent.appendChild(element);
   }
-  const heat = (v) => [255 - 215 * v ** 1.4, 245 - 235 * v ** 0.7, 235 - 165 * v]; // pale to dark red, 0 to 1
+  const heat = (v) => [255 - 195 * v ** 1.4, 245 - 235 * v, 235 - 165 * v]; // pale to dark, 0 to 1
   function paint(canvas, side, colour) { // colour(column, row) gives red, green and blue
     canvas.width = canvas.height = side;
     const context = canvas.getContext("2d"), pixels = context.createImageData(side, side);
@@ -85,7 +85,7 @@
     select.addEventListener("change", () => changed(Number(select.value)));
   }
   function buttons(parent, steps) { // step(), back() and reset() as buttons, and one that plays
-    const row = make(parent, "div", { class: "row" });
+    const row = make(parent, "div", { class: "watch-row" });
     let timer;
     const stop = () => { clearInterval(timer); timer = undefined; play.textContent = "Play"; };
     const button = (text, act) => make(row, "button", { type: "button" }, text).addEventListener("click", () => { stop(); act(); });
@@ -105,8 +105,8 @@
     const row = make(parent, "p", { class: "key" });
     for (const [name, colour] of Object.entries(entries)) make(row, "span", { style: `--c:${colour}` }, name);
   };
-  const both = (looks, student) => ({ teacher: looks.colours.RT, [student]: looks.colours[student] });
-  const near = (v) => v.toFixed(3);
+  const PAIR = { teacher: "var(--teacher)", student: "var(--student)" }; // a root says which colours these are
+  const near = (v) => v.toFixed(3), up = (v) => near(Math.ceil(1e3 * v - 1e-6) / 1e3), down = (v) => near(Math.floor(1e3 * v + 1e-6) / 1e3);
 
   const WATCH = {
     figure1(root, { looks, digits, figure1: data }) {
@@ -114,7 +114,7 @@
       const [x, across, along] = [data.x, data.across, data.along].map(floats), side = 41;
       const at = (a, b) => Array.from(x, (v, i) => v + data.eps * (a * across[i] + b * along[i]));
       const colours = { teacher: looks.colours.RT, SD: looks.colours.SD, FD: looks.colours.FD };
-      const row = make(root, "div", { class: "row" });
+      const row = make(root, "div", { class: "watch-row" });
       const maps = ["SD", "FD"].map((name) => {
         const box = make(row, "figure"), area = make(box, "div", { class: "area", tabindex: 0, role: "application",
           "aria-label": `Square of inputs around the image; colour: how far ${name} is from its teacher. Arrow keys move x′.` });
@@ -156,17 +156,18 @@
 
     epsilon(root, { looks, digits, epsilon: data }) {
       const names = Object.keys(data.students), teacher = network(digits.networks.RT);
-      const shades = { interval: "#c9a227", crown: looks.upper, "alpha-crown": "#a8481c", lp: "#7a2f10", joint: "#9c7bc0", bab: "#54278f" };
+      const shades = { interval: "#c9a227", crown: looks.upper, "alpha-crown": "#7a2f10", joint: "#9c7bc0", bab: "#54278f" };
       let name = names[0];
-      const row = make(root, "div", { class: "row" }), left = make(row, "div"), right = make(row, "div");
+      const row = make(root, "div", { class: "watch-row" }), left = make(row, "div"), right = make(row, "div");
       choice(left, "student", names, (k) => { name = names[k]; draw(); });
       const plot = make(left, "svg", { viewBox: "-28 -8 320 232", role: "img", "aria-label": "Both bounds on δ* against ε" });
-      const slider = make(make(left, "label", {}, "ε "), "input", { type: "range", min: 0, max: data.radii.length - 1, value: 6 });
+      const slider = make(make(left, "label", {}, "ε "), "input", { type: "range", min: 0, max: data.radii.length - 1, value: 3 });
       slider.addEventListener("input", draw);
       key(left, { EmpLB: looks.lower, ...shades });
       const image = make(right, "canvas", { role: "img", "aria-label": "the witness x′", class: "image" });
-      const [colours, set] = [both(looks, "SD"), bars(right, digits.classes, both(looks, "SD"))];
-      const legend = make(right, "p", { class: "key" }), says = make(root, "p", { "aria-live": "polite" });
+      const set = bars(right, digits.classes, PAIR);
+      key(right, PAIR);
+      const says = make(root, "p", { "aria-live": "polite" });
       const place = (k, v) => `${(260 * k) / (data.radii.length - 1)},${200 - 200 * v}`;
       function draw() {
         const found = data.students[name], k = Number(slider.value), z = floats(found.witnesses[k]);
@@ -181,13 +182,10 @@
         picture(image, z, digits);
         const student = network(digits.networks[name]);
         set(teacher.says(z), student.says(z));
-        colours[name] = looks.colours[name];
-        right.querySelectorAll(".bars i:nth-child(2)").forEach((bar) => (bar.style.background = colours[name]));
-        legend.replaceChildren();
-        for (const [title, colour] of Object.entries(both(looks, name))) make(legend, "span", { style: `--c:${colour}` }, title);
+        root.style.setProperty("--student", looks.colours[name]);
         slider.setAttribute("aria-valuetext", `ε = ${data.radii[k]}`);
-        const rungs = Object.entries(found.upper).map(([rung, values]) => `${rung} ${near(values[k])}`);
-        says.textContent = `ε = ${data.radii[k]}: found ${near(found.lower[k])} ≤ δ*; proved δ* ≤ ${rungs.join(", ")}. Beside it the witness: the input at which the difference was found.`;
+        const rungs = Object.entries(found.upper).map(([rung, values]) => `${rung} ${up(values[k])}`);
+        says.textContent = `ε = ${data.radii[k]}: found ${down(found.lower[k])} ≤ δ*; proved δ* ≤ ${rungs.join(", ")}. Beside it the witness: the input at which the difference was found.`;
       }
       draw();
     },
@@ -195,19 +193,20 @@
     attacks(root, { looks, digits, attacks: data }) {
       const teacher = network(digits.networks.RT), images = data.images.map((text) => Array.from(floats(text)));
       let name = "SD", chosen = 0, at;
-      const top = make(root, "div", { class: "row" }), students = ["SD", "ARD", "RSLAD", "FD"];
+      const top = make(root, "div", { class: "watch-row" }), students = ["SD", "ARD", "RSLAD", "FD"];
       choice(top, "student", students, (k) => { name = students[k]; reset(); });
       choice(top, "image", images.map((_, k) => `${k + 1}: class ${data.labels[k]}`), (k) => { chosen = k; reset(); });
-      const row = make(root, "div", { class: "row" });
+      const row = make(root, "div", { class: "watch-row" });
       const panels = Object.entries(LOSSES).map(([loss, [title, gradients]]) => {
         const box = make(row, "figure"), colour = looks.colours[loss] || looks.lower;
         make(box, "figcaption", { style: `color:${colour}` }, title);
         const image = make(box, "canvas", { role: "img", class: "image", "aria-label": `image moved by ${loss}` });
-        const set = bars(box, digits.classes, { teacher: looks.colours.RT, student: colour });
+        const set = bars(box, digits.classes, PAIR);
         return { image, set, gradients, says: make(box, "p") };
       });
+      key(root, PAIR);
       const count = make(buttons(root, { step, reset }), "span", { "aria-live": "polite" });
-      function reset() { at = 0; panels.forEach((panel) => (panel.z = images[chosen])); draw(); }
+      function reset() { at = 0; panels.forEach((panel) => (panel.z = images[chosen])); root.style.setProperty("--student", looks.colours[name]); draw(); }
       function step() {
         if (at === data.steps) return false;
         const x = images[chosen], clean = teacher.says(x), student = network(digits.networks[name]);
@@ -263,7 +262,7 @@
 
     parts(root, { looks, drawn, parts: data }) {
       const [teacher, student] = ["RT", "SD"].map((name) => network(drawn[name])), side = 81;
-      const tick = (k) => (2 * k) / (side - 1) - 1, row = make(root, "div", { class: "row" });
+      const tick = (k) => (2 * k) / (side - 1) - 1, row = make(root, "div", { class: "watch-row" });
       const area = make(row, "div", { class: "area", role: "img", "aria-label": "The square, cut into parts, each with its bound" });
       paint(make(area, "canvas"), side, (i, j) => heat(2.5 * gap(teacher.says([tick(i), -tick(j)]), student.says([tick(i), -tick(j)]))));
       const plot = make(area, "svg", { viewBox: "-1 -1 2 2" }), chart = make(row, "svg", { viewBox: "-28 -8 320 232", role: "img", "aria-label": "Bounds against cuts" });
@@ -286,7 +285,7 @@
         for (const k of open) {
           const corners = data.polygons[k], middle = [0, 1].map((i) => corners.reduce((s, c) => s + c[i], 0) / corners.length);
           make(plot, "polygon", { points: corners.map(([a, b]) => `${a},${-b}`).join(" "), class: k === widest ? "next" : "" });
-          if (open.length < 12) make(plot, "text", { x: middle[0], y: -middle[1] + 0.03, "text-anchor": "middle" }, data.bounds[k].toFixed(2));
+          if (open.length < 12) make(plot, "text", { x: middle[0], y: -middle[1] + 0.03, "text-anchor": "middle" }, (Math.ceil(100 * data.bounds[k] - 1e-6) / 100).toFixed(2));
         }
         chart.replaceChildren();
         for (const v of [0, 0.5, 1]) make(chart, "text", { x: -6, y: 204 - 200 * v, "text-anchor": "end" }, v);
@@ -298,7 +297,7 @@
           make(chart, "circle", { cx, cy, r: 4, fill: colour });
         }
         const next = at < data.steps.length ? ` The outlined part, whose bound is largest, is cut next: along ${data.steps[at].where}.` : "";
-        says.textContent = `${open.length} part${at ? "s" : ""}: ${near(data.lowers[at])} ≤ δ* ≤ ${near(proved[at])}.${next}`;
+        says.textContent = `${open.length} part${at ? "s" : ""}: ${down(data.lowers[at])} ≤ δ* ≤ ${up(proved[at])}.${next}`;
         return at < data.steps.length;
       }
       go(0);
@@ -306,8 +305,10 @@
   };
 
   for (const root of document.querySelectorAll(".watch:not([data-drawn])")) {
+    const data = JSON.parse(root.querySelector("script").textContent);
     root.dataset.drawn = "";
-    WATCH[root.dataset.watch](root, JSON.parse(root.querySelector("script").textContent));
+    root.style.setProperty("--teacher", data.looks.colours.RT);
+    WATCH[root.dataset.watch](root, data);
   }
   window.faithkdWatch = { network, softmax };
 })();

@@ -161,7 +161,7 @@ def test_brackets_hold():
     for student in DATA["epsilon"]["students"].values():
         lower, upper = np.array(student["lower"]), {rung: np.array(v) for rung, v in student["upper"].items()}
         assert all((lower <= values + 1e-9).all() for values in upper.values())
-        for looser, tighter in (("interval", "crown"), ("crown", "lp"), ("crown", "joint"), ("joint", "bab")):
+        for looser, tighter in (("interval", "crown"), ("crown", "alpha-crown"), ("alpha-crown", "joint"), ("joint", "bab")):
             assert (upper[tighter] <= upper[looser] + 1e-9).all()
 
 
@@ -294,7 +294,7 @@ def test_everything_can_be_dragged_and_watched(built, page):
     assert len({before, dragged, figure1.locator("p[aria-live]").inner_text()}) == 3
     picture(page, "watch-figure1")
     epsilon = page.locator("[data-watch=epsilon]")
-    epsilon.locator("input").fill("12")
+    epsilon.locator("input").fill("6")
     assert "ε = 0.3" in epsilon.locator("p[aria-live]").inner_text()
     epsilon.scroll_into_view_if_needed()
     picture(page, "watch-epsilon")
