@@ -55,5 +55,14 @@ help:
 	@echo 'make test         lint, unit tests, notebooks, everything from an empty store, the browser'
 	@echo 'make notebooks    execute the committed notebooks again after a change'
 	@echo 'make handout [TO=course] [SOLUTIONS=1]  the notebooks for students: stubs in place of solutions'
+	@echo 'make book         the notebooks as a book, to build/book/; make slides: three lectures, to build/slides/'
 	@echo 'make lint [FIX=1] ruff over code and notebooks'
 	@echo 'Each creates .venv first, once (about 6 GB with CUDA libraries; with TORCH=cpu about 1.5 GB).'
+
+# The book and the lectures as HTML, from what is committed: no kernel, no network.
+.PHONY: book slides
+book: .venv/ready
+	@$(PY) -m sphinx -q -W --keep-going -c book -d build/doctrees . build/book && echo build/book/index.html
+
+slides: .venv/ready
+	@$(PY) book/slides.py build/slides
