@@ -17,11 +17,6 @@ IMAGES = {  # name: (training images, test images, shape); digits is one set tha
     "cifar10": (50_000, 10_000, (3, 32, 32)),
 }
 TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}  # its classes
-PLACES = {  # in a folder of data; an .npz holds x_train, y_train, x_test, y_test
-    "mnist": ["MNIST"],
-    "fashion_mnist": ["FashionMNIST"],
-    "cifar10": ["cifar10.npz", "cifar-10-batches-py"],
-}
 
 
 @lru_cache(maxsize=4)
@@ -67,12 +62,13 @@ def _source(name: str) -> Path:
             raise FaithkdError(
                 f"FAITHKD_DATA is {given!r}, which is not a folder that can be read; correct it or unset it to download"
             )
-    places = [folder / place for folder in folders for place in PLACES[name]]
+    parts = ["cifar10.npz", "cifar-10-batches-py"] if name == "cifar10" else [TORCHVISION[name]]
+    places = [folder / part for folder in folders for part in parts]
     return next(filter(os.path.lexists, places), places[-1])
 
 
 def _arrays(name: str, train: bool, source: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels with whatever the files hold; into the repository's own folder torchvision downloads them."""
+    """Images and labels, whatever the files hold; torchvision downloads what is to lie in the repository's own folder."""
     if source.suffix == ".npz":
         if not zipfile.is_zipfile(source):
             raise ValueError("it is no .npz archive, or only its beginning")

@@ -97,10 +97,6 @@ class Home:
             text=True,
         )
 
-    def call(self, *arguments: str, code: int = 0) -> str:
-        """`faithkd ...` in this process; returns what it printed, after checking its exit code."""
-        return self.run(*arguments, code=code)
-
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
@@ -129,5 +125,5 @@ def home(tmp_path, monkeypatch, call) -> Home:
         monkeypatch.setattr(module, "ROOT", home.folder)
     for name, value in home.environment.items():
         monkeypatch.setenv(name, value)
-    home.run = call
+    home.call = call
     return home

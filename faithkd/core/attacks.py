@@ -77,7 +77,8 @@ def ascend(
     `objective` maps (N, *shape) to one value per image (N,). This is the inner maximisation of training, eq. (3),
     where only the end point counts. Source: Madry et al. (2018).
     """
-    x, eps = _check(x, steps, step_size), arguments.radius(eps)
+    x, eps = arguments.images(x), arguments.radius(eps)
+    steps, step_size = arguments.whole("steps", steps, 0), arguments.number("step_size", step_size)
     lower, upper = x - eps, x + eps
     if clip is not None:
         low, high = arguments.clip_range(clip, x)
@@ -107,8 +108,8 @@ def search(
     itself and every iterate compete, so more steps, seeds or a larger ball only ever add candidates. Where a loss has
     no gradient, the ascent stays where it started.
     """
-    x = _check(x, steps, step_size)
-    arguments.whole("restarts", restarts)
+    x, restarts = arguments.images(x), arguments.whole("restarts", restarts)
+    steps, step_size = arguments.whole("steps", steps, 0), arguments.number("step_size", step_size)
     lower, upper = ball(x, eps, clip)
     best = torch.clamp(x, lower, upper)
     best_score = objective(best.clone())[1].detach().clone()
@@ -123,13 +124,6 @@ def search(
             if number < steps:
                 z = step(z, loss, step_size, lower, upper)
     return best, best_score
-
-
-def _check(x, steps: int, step_size: float) -> Tensor:
-    """The images, if all is as it should be."""
-    arguments.whole("steps", steps, 0)
-    arguments.number("step_size", step_size)
-    return arguments.images(x)
 
 
 # --- the same for a caller's networks
