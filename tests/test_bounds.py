@@ -61,13 +61,19 @@ def test_several_students_are_bounded_as_each_of_them():
         faithfulness_upper_bounds(guide, students, x, 0.3, nods=3)
 
 
-def test_patches_tell_which_way_their_maximum_falls():
+def test_patches_are_two_nodes_in_one():
     network = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2))
-    cut = patches.patches(net.prepare(network, (2, 11, 12)))
-    torch.manual_seed(0)
-    c = torch.randn(2, 3, 4, 4, 5, dtype=torch.float64, requires_grad=True)
-    at_middle, radius = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.rand(2, 50, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda c: patches.maximum(cut, c, at_middle, radius), c)
+    prepared = net.prepare(network, (2, 11, 12))
+    bounds, lines, _ = lin.crown(prepared, *net.outer_ball(torch.randn(2, 2, 11, 12).double(), 0.1))
+    rows = torch.randn(2, 5, *prepared.shapes[2], dtype=torch.float64)
+    weights = torch.rand(2, 5, *lines[1].below.shape[2:], dtype=torch.float64)
+    whole = lin.pull(prepared, lines, rows, 2, lin.Dual({1: weights}))  # float64: node by node
+    rough = [line.rough() for line in lines]
+    assert patches.patches(prepared.single) is not None
+    for exact, found in zip(
+        whole, lin.pull(prepared.single, rough, rows.float(), 2, lin.Dual({1: weights.float()})), strict=True
+    ):
+        assert exact.dtype == torch.float64 and (exact - found).abs().max() < 1e-4 * exact.abs().max()
 
 
 def test_crown_by_hand():
@@ -118,25 +124,6 @@ def test_no_point_of_the_ball_lies_above_the_bound(kind, eps):
             assert ((z[:, None, :] - z[:, :, None]).amax(0) <= highest + 1e-12).all()
 
 
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_convolutions_and_decided_pools_are_exact(kind):
-    """In a tiny ball every ReLU and window is decided: CROWN must give the first-order range."""
-    torch.manual_seed(1)
-    network, eps = convolutional(2, kind), 1e-6  # a seed at which no window is a tie
-    x = torch.randn(1, 2, 7, 6).double().requires_grad_()
-    z = network(x)[0]
-    highest = difference_bounds(network, x, eps)[0]
-    for i, j in ((0, 1), (2, 0)):
-        slope = torch.autograd.grad(z[j] - z[i], x, retain_graph=True)[0].abs().sum()
-        assert highest[i, j].item() == pytest.approx((z[j] - z[i] + eps * slope).item(), abs=1e-10)
-
-
-def test_ball_ends_outside_every_rounding():
-    x = torch.tensor([[0.1, 1e10, -1e-300]], dtype=torch.float64)
-    lower, upper = net.outer_ball(x, 0.3)
-    assert (lower < x - 0.3).all() and (upper > x + 0.3).all()
-
-
 def test_softmax_interval_is_exact_and_never_breaks():
     highest = torch.tensor([[0.0, 1.0, 2.0], [0.5, 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     lower, upper = softmax_interval(highest)
@@ -150,27 +137,6 @@ def test_softmax_interval_is_exact_and_never_breaks():
     low, high = softmax_interval(torch.full((2, 2), math.nan, dtype=torch.float64))
     assert low.tolist() == [0, 0] and high.tolist() == [1, 1]
     assert pair_bound(torch.full((1, 2, 2), math.nan), torch.zeros(1, 2, 2)).item() == 1.0
-
-
-def test_pair_bound_takes_both_orders():
-    sure = torch.tensor([[[0.0, -3.0], [3.0, 0.0]]], dtype=torch.float64)
-    even = torch.zeros(1, 2, 2, dtype=torch.float64)
-    wanted = 1 / (1 + math.exp(-3.0)) - 0.5
-    assert pair_bound(sure, even).item() == pytest.approx(wanted, abs=1e-12) == pair_bound(even, sure).item()
-    # one network certain of nothing, the other fixed at 1/2: either order may be the larger one
-    open_ended = torch.tensor([[[0.0, 2.0], [9.0, 0.0]]], dtype=torch.float64)
-    wanted = max(1 / (1 + math.exp(-9.0)) - 0.5, 0.5 - 1 / (1 + math.exp(2.0)))
-    assert pair_bound(open_ended, even).item() == pytest.approx(wanted, abs=1e-12)
-
-
-def test_modules_may_repeat():
-    relu, linear = nn.ReLU(inplace=True), (nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 3))
-    shared, plain = (
-        nn.Sequential(linear[0], first, linear[1], second, linear[2])
-        for first, second in ((relu, relu), (nn.ReLU(), nn.ReLU()))
-    )
-    x = torch.randn(3, 3)
-    assert torch.equal(difference_bounds(shared, x, 0.2), difference_bounds(plain, x, 0.2))
 
 
 LINE, IMAGE = torch.zeros(1, 3), torch.zeros(1, 1, 6, 6)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pairs import KINDS, attacked, case, convolutional, fully_connected, gap, points
 from torch import nn
 
-from faithkd.bounds import certified_agreement, difference_bounds, faithfulness_upper_bound, graph, methods
+from faithkd.bounds import certified_agreement, faithfulness_upper_bound, graph, methods
 from faithkd.errors import FaithkdError
 
 CHEAP = ("interval", "crown")
@@ -25,26 +25,17 @@ def bound(teacher, student, x, eps, method, nodes=12, **keywords):
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(
     st.integers(0, 10**6),
-    st.lists(st.integers(1, 7), min_size=0, max_size=3),
-    st.lists(st.integers(1, 7), min_size=0, max_size=3),
+    st.one_of(st.none(), st.tuples(*[st.lists(st.integers(1, 7), max_size=3)] * 2)),
     st.sampled_from([0.05, 0.3, 1.0]),
     st.sampled_from([0.5, 2.0, 4.0]),
 )
-def test_random_fully_connected_pairs_of_any_depth(seed, first, second, eps, factor):
-    teacher = fully_connected(3, *first, 3, seed=seed, factor=factor)
-    student = fully_connected(3, *second, 3, seed=seed + 1, factor=factor)
-    assert_never_above(teacher, student, torch.randn(1, 3, dtype=torch.float64), eps)
-
-
-@settings(max_examples=5, deadline=None, derandomize=True, database=None)
-@given(st.integers(0, 10**6), st.sampled_from([0.05, 0.2, 0.6]), st.sampled_from([1.0, 2.0]))
-def test_random_convolutional_pairs(seed, eps, factor):
-    teacher, student = convolutional(seed, factor)
-    assert_never_above(teacher, student, torch.randn(1, 1, 4, 4, dtype=torch.float64), eps)
-
-
-def assert_never_above(teacher, student, x, eps):
-    """Attack the pair: nothing that is reached may lie above any bound, and every bound is ordered."""
+def test_nothing_reached_lies_above_a_bound_of_random_pairs(seed, widths, eps, factor):
+    """Fully connected pairs of any depth, and convolutional ones: every bound is ordered and above an attack."""
+    if widths is None:
+        (teacher, student), x = convolutional(seed, factor), torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    else:
+        teacher, student = (fully_connected(3, *hidden, 3, seed=seed, factor=factor) for hidden in widths)
+        x = torch.randn(1, 3, dtype=torch.float64)
     reached = attacked(lambda z: gap(teacher, student, z), x, eps)
     found = {method: bound(teacher, student, x, eps, method) for method in ("alpha-crown", "joint", "bab")}
     assert found["bab"].values <= found["joint"].values <= found["alpha-crown"].values <= 1
@@ -86,24 +77,6 @@ def test_one_input_enumerated(seed):
             assert found.values <= found.lower + 1e-3
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_differences_against_all_activation_patterns(seed):
-    """One hidden layer, two inputs: the largest z_j - z_i is at a corner of a cell, where two lines cross."""
-    net = fully_connected(2, 5, 3, seed=seed)
-    x, eps = torch.randn(1, 2, dtype=torch.float64), 0.7
-    sides = torch.eye(2, dtype=torch.float64).repeat(2, 1)
-    normals = torch.cat([net[0].weight.detach(), sides])
-    offsets = torch.cat([-net[0].bias.detach(), x[0] - eps, x[0] + eps])
-    pairs = [both for both in itertools.combinations(range(9), 2) if normals[list(both)].det().abs() > 1e-9]
-    corners = torch.stack([torch.linalg.solve(normals[list(both)], offsets[list(both)]) for both in pairs])
-    z = net(corners[((corners - x).abs() <= eps + 1e-9).all(1)]).detach()
-    exact = (z[:, None, :] - z[:, :, None]).amax(0)
-    highest = difference_bounds(net, x, eps, method="alpha-crown")[0]
-    assert (highest >= exact - 1e-8).all() and (highest <= exact + 3).all()
-    settled = difference_bounds(net, x, 1e-7, method="alpha-crown")[0]
-    assert (settled - (net(x)[0][None] - net(x)[0][:, None])).abs().max() < 1e-5
-
-
 def with_bump(net, at, width, height):
     """The network plus a triangle of `height` on class 0, where the mean of the inputs is within `width` of `at`."""
     inputs, hidden, classes = net[0].in_features, net[0].out_features, net[2].out_features
@@ -131,20 +104,6 @@ def test_a_planted_bump_that_the_attack_misses():
     pair = graph.prepare_pair(teacher, student, x)
     assert methods.attained(pair, methods.Balls.around(x, eps, None), methods.Choices("best"))[0] < 1e-6
     assert not certified_agreement(teacher, student, x, eps)
-
-
-def test_a_planted_corner_flips_the_class_where_no_sample_goes():
-    torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)).double()
-    with torch.no_grad():
-        teacher[2].bias += torch.tensor([6.0, 0.0])
-    student = with_bump(teacher, 1.0, 0.01, -40.0)
-    x, corner = torch.zeros(1, 8, dtype=torch.float64), torch.ones(1, 8, dtype=torch.float64)
-    assert not disagree(teacher, student, x, 0.98) and disagree(teacher, student, corner, 0)
-    assert certified_agreement(teacher, student, x, 0.9) and not certified_agreement(teacher, student, x, 1.0)
-    for method in (*CHEAP, *BEYOND):
-        assert bound(teacher, student, x, 1.0, method).values >= gap(teacher, student, corner)
-        assert method in CHEAP or bound(teacher, student, x, 0.9, method).values < 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)

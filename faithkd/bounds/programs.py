@@ -124,10 +124,11 @@ class Pieces:
         equal, total = self.table(line.above) > 0, multipliers.sum(0)
         if self.relu:
             equal[0] = ~equal[1]
-        spread = np.where(self.free(line), 0.0, equal * total - multipliers)
+        with np.errstate(invalid="ignore"):  # where a solver says inf or NaN, the bound becomes one or the other
+            spread = np.where(self.free(line), 0.0, equal * total - multipliers)
+            slopes = self.slopes(multipliers / np.where(total > 0, total, np.nan))
         some = self.inputs >= 0
         push = np.bincount(self.inputs[some], spread[some], math.prod(self.shape))
-        slopes = self.slopes(multipliers / np.where(total > 0, total, np.nan))
         return slopes, torch.as_tensor(push).view(1, 1, *self.shape)
 
 
