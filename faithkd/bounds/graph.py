@@ -4,6 +4,7 @@ Place 0 is the image, place k + 1 the output of node k; each node says which pla
 torch module is in `reading`.
 """
 
+import copy
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -46,6 +47,16 @@ class Network:
         """The same network in float32: twice as fast, for looking around, never for a bound."""
         return replace(self, nodes=tuple(Node(node.operator.rough(), node.inputs) for node in self.nodes))
 
+    def on(self, device: torch.device) -> "Network":
+        """The same network on a device."""
+        nodes = []
+        for node in self.nodes:
+            nodes.append(Node(copy.copy(node.operator), node.inputs))
+            for name, value in vars(node.operator).items():
+                if isinstance(value, Tensor):
+                    setattr(nodes[-1].operator, name, value.to(device))
+        return replace(self, nodes=tuple(nodes))
+
     def place(self, k: int) -> int:
         """The place that node k reads first."""
         return self.nodes[k].inputs[0]
@@ -71,19 +82,20 @@ class Network:
 
 
 def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
-    """The operators of `network` for images of `shape`, in float64 on the CPU; the original is left alone.
+    """The operators of `network` for images of `shape`, in float64 on the default device; the original is left alone.
 
     Raises FaithkdError, with the layer's position, for anything that cannot be bounded.
     """
     arguments.network(network, name)
-    nodes, shapes = read(network, shape, name)
+    with torch.device("cpu"):
+        nodes, shapes = read(network, shape, name)
     logits = shapes[-1]
     if len(logits) != 1 or logits[0] < 2:
         raise FaithkdError(
             f"{name} returns {('N', *logits)} for images of shape {tuple(shape)}; "
             "bounds need logits of shape (N, C) with C >= 2 classes"
         )
-    return behind_pools([Node(*node) for node in nodes], shapes)
+    return behind_pools([Node(*node) for node in nodes], shapes).on(torch.get_default_device())
 
 
 def behind_pools(nodes: list[Node], shapes: list[Shape]) -> Network:
@@ -108,8 +120,8 @@ def prepare_pair(teacher: nn.Module, student: nn.Module, x: Tensor) -> tuple[Net
 
 
 def check_images(x: Tensor) -> Tensor:
-    """The images as float64 on the CPU, all finite, `(N, *shape)`."""
-    return arguments.images(x).to(device="cpu", dtype=torch.float64, copy=True)  # nor made in inference mode
+    """The images as float64 where they are, all finite, `(N, *shape)`."""
+    return arguments.images(x).to(dtype=torch.float64, copy=True)  # nor made in inference mode
 
 
 def outer_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from faithkd.bounds.linear import box_differences, crown, image_chunks, interval
 from faithkd.bounds.operators import Box
 from faithkd.bounds.softmax import pair_bound, softmax_interval
 from faithkd.core import attacks
+from faithkd.devices import follows_images
 from faithkd.errors import FaithkdError
 
 METHODS = {
@@ -125,6 +126,7 @@ class Balls:
         return Balls(self.x[some], self.eps, *(tuple(end[some] for end in box) for box in (self.box, self.reach)))
 
 
+@follows_images
 @torch.inference_mode(False)  # descent needs gradients
 def faithfulness_upper_bound(
     teacher: nn.Module,
@@ -158,6 +160,8 @@ def faithfulness_upper_bound(
     "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
+    `device`: where all of this is computed, in float64; without it where `x` is.
+
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
 
     Values hold for the networks as functions of real numbers; float64 rounding is accounted for. No solver's word is
@@ -168,6 +172,7 @@ def faithfulness_upper_bound(
     return spread_out(teacher, [student], Balls.around(x, eps, clip), choices)[0]
 
 
+@follows_images
 @torch.inference_mode(False)  # descent needs gradients
 def faithfulness_upper_bounds(
     teacher: nn.Module, students: Sequence[nn.Module], x: Tensor, eps: float, *, clip: tuple | None = None, **choices
@@ -186,7 +191,7 @@ def spread_out(teacher: nn.Module, students: list, balls: Balls, choices: Choice
     for network in networks:
         arguments.same_classes(networks[0].classes, network.classes)
     count = min(workers.jobs() if choices.jobs is None else choices.jobs, len(balls))
-    if choices.method != "best" or count <= 1 or not workers.possible():
+    if choices.method != "best" or count <= 1 or balls.x.device.type != "cpu" or not workers.possible():
         return bounded(networks, balls, choices)
     # a process alone has the time of all of them
     budget = None if choices.budget is None else choices.budget * count
@@ -206,14 +211,16 @@ def progress_bar(choices: Choices, images: int) -> tqdm:
 
 
 def joined(parts: Sequence[UpperBound]) -> UpperBound:
-    """The results of several pieces as one."""
+    """The results of several pieces as one: numbers on the CPU, witnesses where the images are."""
     columns = {}
     for name in ("values", "seconds", "lower", "witnesses", "nodes", "agrees"):
         entries = [getattr(part, name) for part in parts]
         columns[name] = None if entries[0] is None else torch.cat(entries)
+        if entries[0] is not None and name != "witnesses":
+            columns[name] = columns[name].cpu()
     for name in ("status", "step"):
         columns[name] = [entry for part in parts for entry in getattr(part, name)]
-    columns["rungs"] = {name: torch.cat([part.rungs[name] for part in parts]) for name in parts[0].rungs}
+    columns["rungs"] = {name: torch.cat([part.rungs[name] for part in parts]).cpu() for name in parts[0].rungs}
     return UpperBound(method=parts[0].method, **columns)
 
 
@@ -291,6 +298,8 @@ def bounder(network: Network, q: int, choices: Choices) -> Callable[[Tensor, Ten
         except ModuleNotFoundError as missing:
             raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[lp]' for lp and milp") from None
 
+        if torch.get_default_device().type != "cpu":
+            raise FaithkdError("lp and milp are solved on the CPU; pass device='cpu' for them")
         opened = exact.opener(network, choices.solver)
 
     def bound(lower: Tensor, upper: Tensor) -> Alone:
@@ -396,6 +405,7 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     return {"rungs": whole, "lower": lower, "witnesses": witnesses, "nodes": made}
 
 
+@follows_images
 @torch.inference_mode(False)  # descent needs gradients
 def difference_bounds(
     network: nn.Module,
@@ -425,6 +435,7 @@ def difference_bounds(
     return found
 
 
+@follows_images
 @torch.inference_mode(False)  # descent needs gradients
 def certified_agreement(
     teacher: nn.Module,

@@ -15,6 +15,7 @@ from faithkd.bounds.domains import log_odds
 from faithkd.core import attacks
 from faithkd.core.attacks import Clip
 from faithkd.core.losses import cross_entropy, kl
+from faithkd.devices import follows_images
 from faithkd.frozen import Frozen, frozen, own_settings
 
 CHUNK = 500  # images attacked at once: large enough for fast matrix products, small enough for the cache
@@ -47,6 +48,7 @@ def predictions(network: nn.Module, x: Tensor) -> Tensor:
     return _classes(_given(x, network=network))[0]
 
 
+@follows_images
 @own_settings()
 def empirical_lower_bound(
     teacher: nn.Module,
