@@ -43,6 +43,10 @@ class Numbers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, arguments=(), options=None):
         options = options or {}
+        if function is Tensor.tolist and isinstance(arguments[0], There):
+            return arguments[0].inner.tolist()
+        if function is Tensor.new_tensor and isinstance(arguments[0], There):
+            return torch.tensor(arguments[1], dtype=arguments[0].dtype, device="cpu").to(DEVICE)
         far = torch.device(options.get("device") or "cpu") == DEVICE
         if function not in (torch.tensor, torch.as_tensor) or not far or isinstance(arguments[0], Tensor):
             return function(*arguments, **options)
@@ -59,6 +63,8 @@ def run(function, arguments, options):
     if target is not None:
         options = {**options, "device": torch.device("cpu")}
     inner = tree_map(lambda part: part.inner if isinstance(part, There) else part, (arguments, options))
+    left = [part.shape for part in tree_leaves(inner) if isinstance(part, Tensor) and part.device == DEVICE]
+    assert not left, f"{name}: a tensor of shape {left} was made where this test does not see it"
     made = function(*inner[0], **inner[1])
     if function._schema.is_mutable and tensors and isinstance(made, Tensor):
         return tensors[0] if "out" not in options else options["out"]
