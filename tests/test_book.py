@@ -161,7 +161,12 @@ def test_brackets_hold():
     for student in DATA["epsilon"]["students"].values():
         lower, upper = np.array(student["lower"]), {rung: np.array(v) for rung, v in student["upper"].items()}
         assert all((lower <= values + 1e-9).all() for values in upper.values())
-        for looser, tighter in (("interval", "crown"), ("crown", "alpha-crown"), ("alpha-crown", "joint"), ("joint", "bab")):
+        for looser, tighter in (
+            ("interval", "crown"),
+            ("crown", "alpha-crown"),
+            ("alpha-crown", "joint"),
+            ("joint", "bab"),
+        ):
             assert (upper[tighter] <= upper[looser] + 1e-9).all()
 
 

@@ -75,19 +75,21 @@ class Network:
 
 
 def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
-    """The operators of `network` for images of `shape`, in float64 on the CPU; the original is left alone.
+    """The operators of `network` for images of `shape`, in float64 on the default device; the original is left alone.
 
     Raises FaithkdError, with the layer's position, for anything that cannot be bounded.
     """
     arguments.network(as_module(network)[0], name)
-    nodes, shapes = read(network, shape, name)
+    with torch.device("cpu"):
+        nodes, shapes = read(network, shape, name)
     logits = shapes[-1]
     if len(logits) != 1 or logits[0] < 2:
         raise FaithkdError(
             f"{name} returns {('N', *logits)} for images of shape {tuple(shape)}; "
             "bounds need logits of shape (N, C) with C >= 2 classes"
         )
-    return behind_pools(*used([Node(*node) for node in nodes], shapes))
+    nodes, shapes = used([Node(*node) for node in nodes], shapes)
+    return behind_pools(nodes, shapes).to(device=torch.get_default_device())
 
 
 def used(nodes: list[Node], shapes: list[Shape]) -> tuple[list[Node], list[Shape]]:
@@ -120,8 +122,8 @@ def prepare_pair(teacher: nn.Module, student: nn.Module, x: Tensor) -> tuple[Net
 
 
 def check_images(x: Tensor) -> Tensor:
-    """The images as float64 on the CPU, all finite, `(N, *shape)`."""
-    return arguments.images(x).to(device="cpu", dtype=torch.float64, copy=True)  # nor made in inference mode
+    """The images as float64 where they are, all finite, `(N, *shape)`."""
+    return arguments.images(x).to(dtype=torch.float64, copy=True)  # nor made in inference mode
 
 
 def outer_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:

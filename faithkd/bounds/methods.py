@@ -19,6 +19,7 @@ from faithkd.bounds.linear import box_differences, crown, image_chunks, interval
 from faithkd.bounds.operators import Box
 from faithkd.bounds.softmax import pair_bound, softmax_interval
 from faithkd.core import attacks
+from faithkd.devices import follows_images
 from faithkd.errors import FaithkdError
 
 METHODS = {
@@ -146,7 +147,8 @@ def faithfulness_upper_bound(
 
     `teacher`, `student`: torch modules of known operations (`reading`), returning logits `(N, C)`. `x`: `(N, *image)`
     in the networks' input space; `eps`: radius in the same units; `clip`: `(low, high)`, the range of valid images,
-    broadcastable to `x`. Other keywords: the fields of `methods.Choices`, `method`, `nodes`, `budget` and so on.
+    broadcastable to `x`. Other keywords: the fields of `methods.Choices`, `method`, `nodes`, `budget` and so on, and
+    `device`, where all of this is computed, in float64; without it where `x` is.
 
     Values hold for the networks as functions of real numbers; float64 rounding is accounted for. No solver's word is
     taken: for "lp" and "milp" its multipliers only, and every bound is computed from them anew (`exact`).
@@ -155,6 +157,7 @@ def faithfulness_upper_bound(
     return faithfulness_upper_bounds(teacher, [student], x, eps, clip=clip, **choices)[0]
 
 
+@follows_images
 @torch.inference_mode(False)  # descent needs gradients
 def faithfulness_upper_bounds(
     teacher: nn.Module, students: Sequence[nn.Module], x: Tensor, eps: float, *, clip: tuple | None = None, **choices
@@ -169,7 +172,7 @@ def faithfulness_upper_bounds(
     for network in networks:
         arguments.same_classes(networks[0].classes, network.classes)
     count = min(workers.jobs() if choices.jobs is None else choices.jobs, len(balls))
-    if choices.method != "best" or count <= 1 or not workers.possible():
+    if choices.method != "best" or count <= 1 or balls.x.device.type != "cpu" or not workers.possible():
         return bounded(networks, balls, choices)
     # a process alone has the time of all of them
     budget = None if choices.budget is None else choices.budget * count
@@ -189,14 +192,16 @@ def progress_bar(choices: Choices, images: int) -> tqdm:
 
 
 def joined(parts: Sequence[UpperBound]) -> UpperBound:
-    """The results of several pieces as one."""
+    """The results of several pieces as one: numbers on the CPU, witnesses where the images are."""
     columns = {}
     for name in ("values", "seconds", "lower", "witnesses", "nodes", "agrees"):
         entries = [getattr(part, name) for part in parts]
         columns[name] = None if entries[0] is None else torch.cat(entries)
+        if entries[0] is not None and name != "witnesses":
+            columns[name] = columns[name].cpu()
     for name in ("status", "step"):
         columns[name] = [entry for part in parts for entry in getattr(part, name)]
-    columns["rungs"] = {name: torch.cat([part.rungs[name] for part in parts]) for name in parts[0].rungs}
+    columns["rungs"] = {name: torch.cat([part.rungs[name] for part in parts]).cpu() for name in parts[0].rungs}
     return UpperBound(method=parts[0].method, **columns)
 
 
@@ -283,6 +288,8 @@ def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[l
         from faithkd.bounds import exact  # cvxpy takes seconds to import
     except ModuleNotFoundError as missing:
         raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[lp]' for lp and milp") from None
+    if torch.get_default_device().type != "cpu":
+        raise FaithkdError("lp and milp are solved on the CPU; pass device='cpu' for them")
     names = [name for name in ("lp", "milp") if name in LADDER[choices.method]]
     rungs = [{name: list(each.rungs.values())[-1].clone() for name in names} for each in networks]
     notes = []
@@ -365,6 +372,7 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     return {"rungs": whole, "lower": lower, "witnesses": witnesses, "nodes": made}
 
 
+@follows_images
 @torch.inference_mode(False)  # descent needs gradients
 def difference_bounds(network: nn.Module, x: Tensor, eps: float, *, clip: tuple | None = None, **choices) -> Tensor:
     """Certified maximum of each logit difference z_j - z_i over the ball, `(N, C, C)` at [n, i, j], eq. (9).
@@ -384,6 +392,7 @@ def difference_bounds(network: nn.Module, x: Tensor, eps: float, *, clip: tuple 
     return found
 
 
+@follows_images
 @torch.inference_mode(False)  # descent needs gradients
 def certified_agreement(
     teacher: nn.Module,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from faithkd.core.attacks import Attack, Balls, Clip, LowerBound, Search
 from faithkd.core.losses import cross_entropy, difference
+from faithkd.devices import follows_images
 from faithkd.frozen import own_settings
 from faithkd.stronger import auto_attack, strong_lower_bound  # noqa: F401  those who measure look for them here
 
@@ -44,6 +45,7 @@ def agreement(
     return Attack(teachers == students, witnesses)
 
 
+@follows_images
 @own_settings()
 def empirical_lower_bound(
     teacher: nn.Module,

@@ -24,6 +24,7 @@ def bound(
     clip: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="The range of valid images.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, …")] = None,
     table: Annotated[Path | None, typer.Option("--csv", help="Write the table there as well.")] = None,
     witnesses: Annotated[
         Path | None, typer.Option(help="Write the images at which EmpLB is attained there, as .npz.")
@@ -50,13 +51,13 @@ def bound(
         print("\n".join(files.report(pair, x)))
         return
     upper = faithkd.faithfulness_upper_bound(
-        *pair.values(), x, eps, method=method, budget=budget, nodes=nodes, clip=clip, progress=True
+        *pair.values(), x, eps, method=method, budget=budget, nodes=nodes, clip=clip, device=device, progress=True
     )
-    lower = faithkd.empirical_lower_bound(*pair.values(), x, eps, clip=clip)
-    found, points = lower.values, lower.witnesses.double()
+    lower = faithkd.empirical_lower_bound(*pair.values(), x, eps, clip=clip, device=device)
+    found, points = lower.values, lower.witnesses.double().cpu()
     if upper.lower is not None:  # these methods search as well
         better = upper.lower > found
-        found, points[better] = found.maximum(upper.lower), upper.witnesses[better]
+        found, points[better] = found.maximum(upper.lower), upper.witnesses.cpu()[better]
     if (found > upper.values + ROUNDING).any():
         raise FaithkdError("EmpLB is above FaithUB: one of them is wrong; please report it, with the files")
     rows = list(
