@@ -150,17 +150,12 @@ def train(p: Params) -> int:
                 r, guide, rule = _chosen(q, method, alpha, None)
                 path, inputs = place(r, method, guide, rule)
                 if artefacts.load(path, inputs) is None:
-                    missing[path] = partial(_train, q, method, alpha)
+                    missing[path] = partial(trained, q, method, alpha)
         calls = [partial(call, bar=len(missing) == 1 or workers.jobs() == 1) for call in missing.values()]
         bar = {"unit": "network", "total": len(calls), "leave": False, "disable": not calls}
         for _ in tqdm(workers.run(calls, sample=0.0, here=True), f"{p.profile}: training {kind}", **bar):
             count += 1
     return count
-
-
-def _train(*network, bar: bool) -> None:
-    """`trained` for another process: what comes of it is an artefact."""
-    trained(*network, bar=bar)
 
 
 # --- what a network is called, and what it was made from
