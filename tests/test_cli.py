@@ -151,7 +151,7 @@ def test_to_retrain_has_a_store_of_its_own_that_a_stopped_run_finds_again(home, 
     note = (
         "from faithkd.reproduce import artefacts\n"
         "made = artefacts.artefact('weights/a.safetensors', {}, lambda _: (print('made') or {}, {}))\n"
-        'open("fresh.txt", "a").write(f"{artefacts.root().name} {len(list(artefacts.root().rglob(\'a.s*\')))}\\n")'
+        'open("fresh.txt", "a").write(f"{artefacts.root().name} {len(list(artefacts.root().rglob(\'a.safetensors\')))}\\n")'
     )
     home.write("00-quick", note)
     home.write("01-fails", 'import os\nassert os.path.exists("go")', note)
