@@ -44,9 +44,9 @@ def main() -> None:
     except FaithkdError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing finished is lost: run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+    except notebooks.CellFailed as failed:
+        print(f"\nerror: {failed}", file=sys.stderr)
+        sys.exit(2 if failed.mistake else 1)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not (full or error.filename):
@@ -90,11 +90,11 @@ def run(
             print(f"{path.stem:<28} {'would run' if path in todo else 'already there'}")
         print(f"{len(todo)} of {len(chosen)} notebooks would run; tables and figures: {_short(p.figures_dir)}")
         return
-    _make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     from faithkd.reproduce import artefacts
 
     artefacts.warn_of_old_store()
-    with artefacts.alone(f"run-{p.name}", f"at work on {p.name}"):
+    with artefacts.alone(f"run-{p.name}", f"at work on {p.name}"), _stops_politely():
         if retrain and not only:  # all networks are missing: one on each core, not one after another
             _train(p)
         elif remeasure or (todo and not only and (paths.ROOT / "measurements" / profile).is_dir()):
@@ -104,10 +104,10 @@ def run(
         for number, path in enumerate(chosen, 1):
             print(f"[{number:>2}/{len(chosen)}] {path.stem:<26}", end=" ", flush=True)
             if path in todo:
-                seconds, made, wrote = _execute(path, p, folder)
+                seconds, made, wrote = notebooks.execute(path, p, folder)
                 record.add(path, p, seconds, made)
                 changed = changed or wrote
-                print(f"{notebooks.title(path)} · {_count(made, 'file')} in {_clock(seconds)}", flush=True)
+                print(f"{notebooks.title(path)} · {_count(made, 'file')} in {seconds:.0f} s", flush=True)
             else:
                 print("already there", flush=True)
         about = p.figures_dir / "provenance.json"
@@ -123,7 +123,8 @@ def train(profile: Profile = "digits", settings: Sets = None, jobs: Jobs = None)
     """Train all networks of a profile that are not there yet, several at once; `faithkd run` then finds them."""
     p = _load(profile, settings)
     _share_out(jobs, None)
-    _train(p)
+    with _stops_politely():
+        _train(p)
 
 
 @app.command()
@@ -140,8 +141,9 @@ def keep(
     _start_anew("retrain" if retrain else "")
     from faithkd.reproduce import experiment
 
-    for name in experiment.keep(p):
-        print(f"{p.name}: {name}: measured and kept", flush=True)
+    with _stops_politely():
+        for name in experiment.keep(p):
+            print(f"{p.name}: {name}: measured and kept", flush=True)
 
 
 @app.command("params")
@@ -259,29 +261,13 @@ def _start_anew(what: str) -> Path:
     return runs / what
 
 
-def _execute(path: Path, p, folder: Path) -> tuple[float, list[str], bool]:
-    """`notebooks.execute`, with a failing cell told: exit code 2 for a user's mistake, else 1."""
-    from faithkd import errors
-
+@contextlib.contextmanager
+def _stops_politely():
     try:
-        return notebooks.execute(path, p, folder)
-    except notebooks.CellFailed as failed:
-        mistake = hasattr(errors, failed.kind)
-        where = f"{path.stem}, cell [{failed.cell}]"
-        print(f"\nerror: {failed.said}\n  in {where}" if mistake else f"\nerror: {where}: {failed}", file=sys.stderr)
-        print(
-            f"  the notebook as far as it got, with the whole message: {_short(folder / path.name)}\n"
-            "  finished work is kept: once the cause is mended, the same command goes on from here",
-            file=sys.stderr,
-        )
-        raise typer.Exit(2 if mistake else 1) from None
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FaithkdError(f"cannot write to {folder} ({error.strerror}): set FAITHKD_RUNS to a folder") from None
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped; nothing finished is lost: run the same command to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _provenance(p, seconds: dict[str, float], before: dict) -> dict:
@@ -320,11 +306,6 @@ def _commit() -> str | None:
 def _short(path: Path) -> str:
     near = os.path.relpath(path)
     return str(path) if near.startswith("..") else near
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
 
 
 def _count(things, name: str) -> str:

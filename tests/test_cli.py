@@ -10,7 +10,7 @@ import time
 import pytest
 
 from faithkd import cli, paths
-from faithkd.reproduce import notebooks
+from faithkd.reproduce import artefacts, notebooks
 
 SAVE = """
 import json, os
@@ -64,7 +64,8 @@ def test_without_notebooks_it_says_where_to_work(call, monkeypatch, tmp_path):
 
 def test_a_folder_of_runs_that_cannot_be_used_is_told(call, tmp_path):
     (tmp_path / "runs").write_text("in the way")
-    assert "FAITHKD_RUNS to a folder" in call("run", "--profile", "smoke", "--only", "00", code=2)
+    told = call("run", "--profile", "smoke", "--only", "00", code=2)
+    assert f"error: {tmp_path / 'runs' / 'smoke'}: Not a directory; correct the folder" in told
 
 
 def test_runs_skips_and_remakes(home):
@@ -139,28 +140,30 @@ def test_control_c_says_that_nothing_is_lost(home, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_execute", interrupted)
+    monkeypatch.setattr(notebooks, "execute", interrupted)
     assert "nothing finished is lost: run the same command to go on" in home.call("run", code=130)
 
 
-def test_to_retrain_has_a_store_of_its_own_that_a_stopped_run_finds_again(home):
+def test_to_retrain_has_a_store_of_its_own_that_a_stopped_run_finds_again(home, monkeypatch):
+    """What is trained first, all networks of the profile, has a test of its own."""
+    trained = []
+    monkeypatch.setattr(cli, "_train", lambda p: trained.append((p.name, artefacts.root().name)))
     note = (
-        "from faithkd import experiment, params\nfrom faithkd.reproduce import artefacts\n"
-        'kept = experiment.fingerprint(experiment.student(params.load("smoke"), "FD"))\n'
-        'open("fresh.txt", "a").write(artefacts.root().name + " " + kept + "\\n")'
+        "from faithkd.reproduce import artefacts\n"
+        "made = artefacts.artefact('weights/a.safetensors', {}, lambda _: (print('made') or {}, {}))\n"
+        'open("fresh.txt", "a").write(f"{artefacts.root().name} {len(list(artefacts.root().rglob(\'a.safetensors\')))}\\n")'
     )
     home.write("00-quick", note)
-    home.write("01-fails", 'import os\nassert os.path.exists("go")')
-    smoke = ("--profile", "smoke")  # as --retrain begins with all networks of the profile
-    assert re.search(r"smoke: \d+ networks had", home.call("train", *smoke))
-    assert "no networks had to be trained" in home.call("train", *smoke)
-    assert re.search(r"smoke: \d+ networks had", home.call("run", *smoke, "--retrain", code=1))
+    home.write("01-fails", 'import os\nassert os.path.exists("go")', note)
+    home.call("run", "--retrain", code=1)
     (home.folder / "notebooks" / "go").touch()
-    printed = home.call("run", *smoke, "--retrain")
-    assert "no networks had to be trained" in printed and printed.count("already there") == 1
-    assert "2 to run" in home.call("run", *smoke), "and without it nothing of that counts"
-    (first, second) = (line.split() for line in (home.folder / "notebooks" / "fresh.txt").read_text().splitlines())
-    assert (first[0], second[0]) == ("retrain", ".store") and first[1] == second[1]
+    printed = home.call("run", "--retrain")
+    assert trained == [("digits", "retrain")] * 2 and printed.count("already there") == 1
+    assert "2 to run" in home.call("run"), "and without it nothing of that counts"
+    said = (home.folder / "notebooks" / "fresh.txt").read_text().split("\n")
+    assert said == ["retrain 1", "retrain 1", ".store 2", ".store 2", ""]
+    texts = [file.read_text() for file in (home.folder / "runs").rglob("*.ipynb")]
+    assert sum("made\\n" in text for text in texts) == 2, "once in each store"
 
 
 def test_what_differs_from_the_committed_measurements_ends_the_run(home, monkeypatch):

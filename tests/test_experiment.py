@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from faithkd import bounds, experiment, figures, ledger, paper, params, paths, recipes, tables
-from faithkd.core import data, evaluation, losses
+from faithkd.core import data, evaluation, losses, training
 from faithkd.core.losses import Method
 from faithkd.errors import FaithkdError
 from faithkd.report.paper import STUDENTS
-from faithkd.reproduce import artefacts
+from faithkd.reproduce import artefacts, measuring, networks
 
 LIMIT = 3
 
@@ -41,13 +41,13 @@ def faithfulness(p):
 
 
 def count_trainings(monkeypatch):
-    calls, fit = [], experiment.training.fit
+    calls, fit = [], training.fit
 
     def counted(*arguments, **options):
         calls.append(options["description"])
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(experiment.training, "fit", counted)
+    monkeypatch.setattr(training, "fit", counted)
     return calls
 
 
@@ -74,7 +74,7 @@ def made(weight, power):
     def own(student, teacher, x, x_adv, y, alpha, temperature):
         return weight * helper(student(x)).mean()
 
-    return experiment._written(Method(own, None, "own"))
+    return networks._written(Method(own, None, "own"))
 
 
 def test_a_loss_of_ones_own_is_known_by_its_source_and_what_it_uses_of_its_file():
@@ -85,8 +85,8 @@ def test_a_loss_of_ones_own_is_known_by_its_source_and_what_it_uses_of_its_file(
 
     codes = [made(1.0, 2), made(2.0, 2), made(1.0, 3)]
     assert made(1.0, 2) == codes[0] and len(set(map(str, codes))) == 3
-    filled = [experiment._written(Method(partial(losses.fd, divergence=d), None, "d")) for d in (losses.kl, losses.sd)]
-    attacked = experiment._written(Method(losses.fd, own_attack, "own"))
+    filled = [networks._written(Method(partial(losses.fd, divergence=d), None, "d")) for d in (losses.kl, losses.sd)]
+    attacked = networks._written(Method(losses.fd, own_attack, "own"))
     assert filled[0] != filled[1] and "LIMIT = 3" in attacked and " at 0x" not in str([filled, attacked])
 
 
@@ -110,16 +110,16 @@ def test_measurements_follow_the_recipe(p, monkeypatch):
     before = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
     monkeypatch.setattr(recipes, "MEASURING", -1)
     trivial = pd.DataFrame({"FaithUB": [1.0, 1.0], "status": [bounds.CERTIFIED, bounds.NOT_FINITE]})
-    monkeypatch.setitem(experiment.MAKERS, "FaithUB", lambda *given: [trivial])
+    monkeypatch.setitem(measuring.MAKERS, "FaithUB", lambda *given: [trivial])
     after = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
     assert (after["FaithUB"] == 1).all() and (before["FaithUB"] < 1).all()
     assert after["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
 
 
 def test_a_teacher_is_bounded_once_for_all_students_and_nothing_else_changes(p, faithfulness, monkeypatch):
-    calls, alone = [], experiment.faithfulness_upper_bounds
+    calls, alone = [], measuring.faithfulness_upper_bounds
     monkeypatch.setattr(
-        experiment, "faithfulness_upper_bounds", lambda *a, **o: calls.append(len(a[1])) or alone(*a, **o)
+        measuring, "faithfulness_upper_bounds", lambda *a, **o: calls.append(len(a[1])) or alone(*a, **o)
     )
     monkeypatch.setattr(recipes, "MEASURING", -2)
     assert experiment.faithfulness(p)["FaithUB"].equals(faithfulness["FaithUB"])
@@ -137,11 +137,11 @@ def test_a_teacher_is_bounded_once_for_all_students_and_nothing_else_changes(p, 
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.booleans(), st.sampled_from("ab")), min_size=1))
 def test_tables_become_tensors_and_bounds_stay_bounds(rows):
     frame = pd.DataFrame(rows, columns=["EmpLB", "FaithUB", "robust", "status"])
-    found = experiment._frame(*experiment._packed(frame))
+    found = measuring.to_table(*measuring.to_tensors(frame))
     assert found[["robust", "status"]].equals(frame[["robust", "status"]]) and list(found) == list(frame)
     assert (found["EmpLB"] <= frame["EmpLB"]).all() and (found["FaithUB"] >= frame["FaithUB"]).all()
     assert np.allclose(found[["EmpLB", "FaithUB"]], frame[["EmpLB", "FaithUB"]], rtol=2e-7, atol=1e-44)
-    assert experiment._frame(*experiment._packed(found)).equals(found), "what is read is what was made"
+    assert measuring.to_table(*measuring.to_tensors(found)).equals(found), "what is read is what was made"
 
 
 def test_the_ladder_begins_at_intervals_and_ends_at_best(p, faithfulness):
@@ -250,16 +250,16 @@ def test_a_crossed_bracket_stops_everything(p, monkeypatch):
     """Should a bound ever be wrong, the experiment must not go on with it."""
     images, guide = data.test_subset(p)[slice(0, 3)], experiment.teacher(p)
     wrong = pd.DataFrame({"FaithUB": [0.0, float("nan"), 0.0], "status": ["certified"] * 3})
-    monkeypatch.setitem(experiment.MAKERS, "FaithUB", lambda *given: [wrong])
+    monkeypatch.setitem(measuring.MAKERS, "FaithUB", lambda *given: [wrong])
     with pytest.raises(AssertionError, match="EmpLB > FaithUB"):
         experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0871)
 
 
 def test_slow_bounds_are_kept_in_pieces(p):
     images, pair = data.test_subset(p), (experiment.teacher(p), experiment.student(p, "SD"))
-    assert [len(experiment._cut(p, kind, *pair, images, 0.1)) for kind in ("EmpLB", "FaithUB", "best")] == [1, 1, 2]
+    assert [len(measuring.cut(p, kind, *pair, images, 0.1)) for kind in ("EmpLB", "FaithUB", "best")] == [1, 1, 2]
     slow = params.load("smoke", {**p.overrides, "bounds.method": "joint"})
-    assert [piece.first for piece in experiment._cut(slow, "FaithUB", *pair, images, 0.1)] == [0, 10]
+    assert [piece.first for piece in measuring.cut(slow, "FaithUB", *pair, images, 0.1)] == [0, 10]
 
 
 @pytest.fixture
@@ -270,7 +270,10 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_measurements_travel_and_are_compared_when_measured_anew(p, repository, monkeypatch, tmp_path):
-    few = params.load("smoke", {**p.overrides, "ablation.readings": [], "ablation.settings": []})
+    small = {"evaluate.strong.images": 2, "bounds.best_images": 2, "bounds.best_nodes": 2}
+    few = params.load("smoke", {**p.overrides, **small, "ablation.readings": [], "ablation.settings": []})
+    never = pd.DataFrame({"PGD": [True] * 20, "AutoAttack": True, "both": True})  # seconds a network, without this
+    monkeypatch.setitem(measuring.MAKERS, "AutoAttack", lambda *given: [never])
     parts = list(experiment.keep(few))
     assert parts[:2] == ["seed 0", "seed 1"] and "the best bounds" in parts
     file = repository / "measurements" / "smoke" / "seed0.safetensors"
@@ -281,13 +284,11 @@ def test_measurements_travel_and_are_compared_when_measured_anew(p, repository, 
 
     table = experiment.over_seeds(few, experiment.faithfulness)
     monkeypatch.setenv("FAITHKD_STORE", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(experiment, "MAKERS", {})  # whoever measures fails
-    assert experiment.over_seeds(few, experiment.faithfulness).equals(table)
-    monkeypatch.undo()
-    monkeypatch.setattr(paths, "ROOT", repository)
-    monkeypatch.setenv("FAITHKD_STORE", str(tmp_path / "another"))
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "MAKERS", {})  # whoever measures fails
+        assert experiment.over_seeds(few, experiment.faithfulness).equals(table)
     found, complaints = experiment.compare(few)
-    assert "measured anew, 36 measurements compared" in found and complaints == []
+    assert "measured anew, 39 measurements compared" in found and complaints == []
 
     content, header = artefacts.read(file)
     content["FD/FaithUB/eps=0.2/images=0-19/FaithUB"][3] += 0.01

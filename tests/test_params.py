@@ -18,7 +18,7 @@ PROFILES = ["cifar10", "digits", "fashion_mnist", "mnist", "smoke"]
 
 
 def described(p) -> pandas.DataFrame:
-    return pandas.DataFrame(params.describe(p), columns=["name", "value", "reason"])
+    return pandas.DataFrame(p.described(), columns=["name", "value", "reason"])
 
 
 def refusal(profile="mnist", overrides=None) -> str:

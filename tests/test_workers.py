@@ -14,10 +14,10 @@ import pytest
 import torch
 from joblib.externals.loky import get_reusable_executor
 
-from faithkd import experiment, params, workers
+from faithkd import params, workers
 from faithkd.core import data
 from faithkd.errors import FaithkdError, ParamsError
-from faithkd.reproduce import artefacts
+from faithkd.reproduce import artefacts, measuring
 
 needs_dask = pytest.mark.skipif(not find_spec("distributed"), reason="distributed is missing: pip install -e '.[dev]'")
 
@@ -29,7 +29,7 @@ def own_settings(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FAITHKD_STORE", str(tmp_path / "store"))
     monkeypatch.setattr(workers, "SAMPLE", 0.0)
-    monkeypatch.setattr(experiment, "QUICK", ())
+    monkeypatch.setattr(measuring, "QUICK", ())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +79,7 @@ def sweep() -> pd.DataFrame:
     torch.manual_seed(1)
     guide, network = (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval() for _ in range(2))
     network.place = "smoke/seed0/network"
-    return experiment._bracketed(p, guide, {"network": network}, [0.1, 0.2], data.test_subset(p))
+    return measuring.bracketed(p, guide, {"network": network}, [0.1, 0.2], data.test_subset(p))
 
 
 def stored() -> dict[str, tuple]:
@@ -141,13 +141,13 @@ STUCK = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import test_workers
-from faithkd import experiment
-real = experiment.MAKERS["FaithUB"]
+from faithkd.reproduce import measuring
+real = measuring.MAKERS["FaithUB"]
 def stuck(*arguments):
     if arguments[-1] == 0.2:
         time.sleep(600)
     return real(*arguments)
-experiment.MAKERS["FaithUB"], experiment.QUICK = stuck, ()
+measuring.MAKERS["FaithUB"], measuring.QUICK = stuck, ()
 test_workers.sweep()
 """
 
@@ -162,8 +162,8 @@ def test_a_killed_sweep_goes_on_where_it_was(monkeypatch, tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait(60)
-    made, real = [], experiment.MAKERS["FaithUB"]
-    monkeypatch.setitem(experiment.MAKERS, "FaithUB", lambda *arguments: made.append(arguments) or real(*arguments))
+    made, real = [], measuring.MAKERS["FaithUB"]
+    monkeypatch.setitem(measuring.MAKERS, "FaithUB", lambda *arguments: made.append(arguments) or real(*arguments))
     monkeypatch.setenv("FAITHKD_JOBS", "1")
     again = sweep()
     assert len(made) == 4 and all(arguments[-1] == 0.2 for arguments in made)
@@ -178,7 +178,7 @@ def test_an_error_and_a_dead_worker_are_the_callers(monkeypatch):
     with pytest.raises(FaithkdError, match="worker process ended abruptly"):
         list(workers.run([partial(os._exit, 1)] * 2))
     with pytest.raises(FaithkdError, match="another version of faithkd"):
-        experiment._make(-1, list)
+        measuring._make(-1, list)
 
 
 @pytest.mark.parametrize("text", ["many", "0", "-3", "2.5", "²"])

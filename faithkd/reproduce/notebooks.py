@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from faithkd import paths, recipes
+from faithkd import errors, paths, recipes
 from faithkd.errors import NotebookError
 
 PROFILE = "digits"  # what the committed notebooks are executed on
@@ -28,11 +28,14 @@ KERNEL = {  # options of nbclient; the second: else it reports to the terminal w
 
 
 class CellFailed(Exception):  # noqa: N818  what is raised in the cell is the error
-    """A cell that raised an error of some `kind` or whose kernel died: which, and what was `said`."""
+    """A cell raised an error, or its kernel died: told in a few lines; `mistake`: whether it is the user's."""
 
-    def __init__(self, kind: str, said: str, cell: int | None):
-        super().__init__(f"{kind}: {(said.strip().splitlines() or [''])[-1]}")
-        self.kind, self.said, self.cell = kind, said, cell
+    def __init__(self, what: str, mistake: bool, target: Path):
+        super().__init__(
+            f"{what}\n  the notebook as far as it got, with the whole message: {target}\n"
+            "  finished work is kept: once the cause is mended, the same command goes on from here"
+        )
+        self.mistake = mistake
 
 
 def cells(path: Path) -> list[dict]:
@@ -55,23 +58,17 @@ def listing() -> list[Path]:
 
 def pick(names: list[str]) -> list[Path]:
     """The notebooks called `names` ("09", "9", "09-milp-bounds", "milp-bounds") in order; no names: all."""
-    everything = listing()
-    known = {alias: path for path in everything for alias in _aliases(path)}
-    chosen = set()
-    for name in names:
-        wanted = Path(name).name.removesuffix(".ipynb")
-        if wanted not in known:
-            near = difflib.get_close_matches(wanted, known, n=1)
-            there = ", ".join(path.stem for path in everything)
-            hint = f"did you mean {near[0]}?" if near else f"there are {there}"
+    known = {}
+    for path in listing():
+        number, _, title = path.stem.partition("-")
+        known |= dict.fromkeys((path.stem, number, str(int(number)), title), path)
+    wanted = [Path(name).name.removesuffix(".ipynb") for name in names]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(path.stem for path in listing())}"
             raise NotebookError(f"there is no notebook {name!r}; {hint}")
-        chosen.add(known[wanted])
-    return [path for path in everything if path in chosen] if names else everything
-
-
-def _aliases(path: Path) -> set[str]:
-    number, _, title = path.stem.partition("-")
-    return {path.stem, number, str(int(number)), title}
+    return sorted({known[name] for name in wanted}) if names else listing()
 
 
 def title(path: Path) -> str:
@@ -169,9 +166,12 @@ def execute(path: Path, p, folder: Path) -> tuple[float, list[str], bool]:
     try:
         papermill.execute_notebook(path, target, parameters, **options, **KERNEL)
     except papermill.PapermillExecutionError as error:
-        raise CellFailed(error.ename, error.evalue, error.exec_count) from None
+        where, last = f"{path.stem}, cell [{error.exec_count}]", (error.evalue.strip().splitlines() or [""])[-1]
+        mistake = hasattr(errors, error.ename)
+        told = f"{error.evalue}\n  in {where}" if mistake else f"{where}: {error.ename}: {last}"
+        raise CellFailed(told, mistake, target) from None
     except RuntimeError as error:  # of jupyter: a kernel that does not start, or ends
-        raise CellFailed("its kernel died (out of memory?)", str(error), None) from None
+        raise CellFailed(f"{path.stem}: its kernel died (out of memory?): {error}", False, target) from None
     notes = [json.loads(line) for line in written.read_text("utf-8").splitlines()] if written.is_file() else []
     written.unlink(missing_ok=True)
     files = sorted({Path(os.path.relpath(note["path"], p.figures_dir)).as_posix() for note in notes})

@@ -263,13 +263,27 @@ class Params(Group):
 
     def described(self) -> list[tuple[str, str, str]]:
         """Every parameter as (name, value, reason); the reason is the comment beside it in the YAML file."""
-        return describe(self)
+        text = _path(self.profile).read_text(encoding="utf-8")
+        written, lines = YAML().load(text), text.splitlines()
+        was, now = leaves(written), leaves(self.model_dump(exclude={"profile", "overrides"}))
+        rows = []
+        for name in [*(name for name in was if name in now), *(name for name in now if name not in was)]:
+            *above, last = name.split(".")
+            group = reduce(getitem, above, written)
+            reason = lines[group.lc.key(last)[0]].partition(" # ")[2].strip() if name in was else ""
+            if any(name == key or name.startswith(key + ".") for key in self.overrides):
+                reason = f"override (profile: {was.get(name, 'not set')}; {reason})"
+            rows.append((name, str(now[name]), reason))
+        return rows
 
     @model_validator(mode="after")
     def _consistent(self):
         if problems := [f"{name}: {what}" for name, what in _contradictions(self)]:
             raise ValueError("\n".join(problems))
         return self
+
+
+describe = Params.described
 
 
 def _contradictions(p: Params):
@@ -345,22 +359,6 @@ def changed(p: Params, text: str) -> Params:
     """The parameters with the overrides in `text`, as in "data.space=pixel data.clip=true", and no further changes."""
     none = {"ablation.settings": [], "ablation.readings": []}
     return load(p.profile, {**p.overrides, "seed": p.seed, **_parse(text.split()), **none})
-
-
-def describe(p: Params) -> list[tuple[str, str, str]]:
-    """Every parameter as (name, value, reason); the reason is the comment beside it in the YAML file."""
-    text = _path(p.profile).read_text(encoding="utf-8")
-    written, lines = YAML().load(text), text.splitlines()
-    was, now = leaves(written), leaves(p.model_dump(exclude={"profile", "overrides"}))
-    rows = []
-    for name in [*(name for name in was if name in now), *(name for name in now if name not in was)]:
-        *above, last = name.split(".")
-        group = reduce(getitem, above, written)
-        reason = lines[group.lc.key(last)[0]].partition(" # ")[2].strip() if name in was else ""
-        if any(name == key or name.startswith(key + ".") for key in p.overrides):
-            reason = f"override (profile: {was.get(name, 'not set')}; {reason})"
-        rows.append((name, str(now[name]), reason))
-    return rows
 
 
 def _path(profile: str) -> Path:
