@@ -113,6 +113,7 @@ def frontier(table: pd.DataFrame) -> sns.FacetGrid:
     table = table[table["bound"].notna()].assign(closed=(100 * table["share"]).clip(lower=BOTTOM))
     table["contender"] = table["method"].map(lambda name: CONTENDERS[name].what)
     look = {"hue": "contender", "style": "contender", "markers": True, "dashes": False, "estimator": None}
+    look |= {"palette": "husl", "markersize": 8}  # no grey, which reads as an axis
     grid = sns.relplot(table, x="seconds", y="closed", col="eps", col_wrap=3, height=3, kind="line", **look)
     sns.move_legend(grid, "upper center", bbox_to_anchor=(0.5, 0), ncols=3, title="")
     grid.set(xscale="log", ylim=(BOTTOM - 3, 103))

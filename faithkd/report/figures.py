@@ -120,7 +120,7 @@ def styled(cells: pd.DataFrame, caption: str):
         return re.sub(r"\n(.+)", r'<br><small style="color: gray">\1</small>', text)
 
     narrow = cells.map(html).rename(index=lambda name: textwrap.fill(str(name), 45))
-    narrow = narrow.rename(columns=lambda name: textwrap.fill(str(name), 26))
+    narrow = narrow.rename(columns=lambda name: textwrap.fill(str(name).replace(" = ", "\xa0=\xa0"), 26))
     heads = [*[None] * (cells.columns.nlevels - 1), cells.index.name]  # beside the columns' names: no line for it alone
     return narrow.rename_axis(index=None, columns=heads).style.set_caption(caption).set_table_styles(_TABLE)
 

@@ -72,18 +72,14 @@ def fewer(robustness, faithfulness, alphas=None) -> pd.DataFrame:
     """
     found = []
     for name, frame, make in _sampled(robustness, faithfulness, alphas):
-        dataset = None if frame is None else frame["dataset"].iloc[0]
-        size = paper.IMAGES.get(dataset, np.inf)
-        for seed, part in () if frame is None else frame.groupby("seed"):
-            count = part["image"].nunique()
-            for number, images in tables.parts(part, size) if count >= 2 * size else ():
-                cell = _long(make(images.drop(columns="seed")), name)
-                found.append(cell.assign(seed=seed, part=number, share=1 - size / count))
+        for _, part in () if frame is None else frame.groupby("seed"):
+            count, size = part["image"].nunique(), paper.IMAGES.get(part["dataset"].iloc[0], np.inf)
+            if count >= 2 * size:
+                samples = [_long(make(few.drop(columns="seed")), name) for _, few in tables.parts(part, size)]
+                found.append(pd.concat(samples).groupby(KEYS, sort=False)["value"].var() * (1 - size / count))
     if not found:
         return pd.DataFrame(columns=[*KEYS, "drawn"])
-    each = pd.concat(found).groupby([*KEYS, "seed", "share"], sort=False)["value"].var().reset_index()
-    each["drawn"] = each["share"] * each["value"]
-    return each.groupby(KEYS, sort=False)["drawn"].mean().pow(0.5).reset_index()
+    return pd.concat(found).groupby(KEYS, sort=False).mean().pow(0.5).rename("drawn").reset_index()
 
 
 def _sampled(robustness, faithfulness, alphas):
@@ -340,8 +336,8 @@ def _words(part: pd.DataFrame) -> str:
 def interval(row) -> str:
     """A margin with its interval for people: "+0.012 [+0.004, +0.020]", in points or units of confidence."""
     digits, unit = (1, " points") if row["unit"] == "%" else (3, "")
-    ends = "" if np.isnan(row["low"]) else f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
-    return f"{row['margin']:+.{digits}f}{ends}{unit}"
+    ends = "" if np.isnan(row["low"]) else f" [{row['low']:+z.{digits}f}, {row['high']:+z.{digits}f}]"
+    return f"{row['margin']:+z.{digits}f}{ends}{unit}"
 
 
 def page(found: dict[str, pd.DataFrame]) -> list[str]:
