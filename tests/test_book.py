@@ -4,6 +4,7 @@ The pictures of what the browser showed are kept in the folder $FAITHKD_SCREENSH
 """
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -161,12 +162,7 @@ def test_brackets_hold():
     for student in DATA["epsilon"]["students"].values():
         lower, upper = np.array(student["lower"]), {rung: np.array(v) for rung, v in student["upper"].items()}
         assert all((lower <= values + 1e-9).all() for values in upper.values())
-        for looser, tighter in (
-            ("interval", "crown"),
-            ("crown", "alpha-crown"),
-            ("alpha-crown", "joint"),
-            ("joint", "bab"),
-        ):
+        for looser, tighter in itertools.pairwise(("interval", "crown", "alpha-crown", "joint", "bab")):
             assert (upper[tighter] <= upper[looser] + 1e-9).all()
 
 
