@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from faithkd.bounds import alone, joint
 from faithkd.bounds.domains import (
     BOTH,
+    ROUNDING,
     Domain,
     Root,
     Splits,
@@ -231,7 +232,7 @@ def split(roots: tuple[Root, Root], leaves: Leaves, chosen: Tensor) -> tuple[Lea
     domains = domains.join(halves)
 
     cut = (found.kind != DOMAIN) & (found.kind != NOTHING)
-    pieces = halve_rows(rows[largest[cut]], found[cut])
+    pieces = halve_rows(roots, domains, rows[largest[cut]], found[cut])
     done = rows[largest[found.kind == NOTHING]]
     closed = leaves.closed.scatter_reduce(0, domains.image[done.domain], done.value, "amax")
     stays = ~moves
@@ -335,7 +336,7 @@ def differences_in(root: Root, domains: Domain) -> Tensor:
     return torch.minimum(highest, root.highest[image])
 
 
-def halve_rows(rows: Row, found: Decision) -> Row:
+def halve_rows(roots: tuple[Root, Root], domains: Domain, rows: Row, found: Decision) -> Row:
     """Both halves of each row: below and above the cut in a range of m, or in one difference z_j - z_r of L."""
     below, above = (replace(rows, range=rows.range.clone(), near=rows.near.clone()) for _ in range(2))
     for place, what in ((0, UPPER), (2, LOWER)):
@@ -345,4 +346,22 @@ def halve_rows(rows: Row, found: Decision) -> Row:
     hit = (found.kind == NEAR).nonzero()[:, 0]
     below.near[hit, 1, found.label[hit]] = found.at[hit]
     above.near[hit, 0, found.label[hit]] = found.at[hit]
-    return below.join(above).capped()
+    switch = hit[found.at[hit] >= 0]
+    return below.join(refer(roots, domains, above, switch, found.label[switch])).capped()
+
+
+def refer(roots: tuple[Root, Root], domains: Domain, rows: Row, which: Tensor, to: Tensor) -> Row:
+    """Rows `which` with the reference class `to`: z_j - z_to from z_j - z_r and z_to - z_r, and from the root."""
+    mine, here = replace(rows[which], ref=to), torch.arange(len(which))
+    _, known = joint.known_ranges(roots, mine, domains.image[mine.domain])
+    low, high = mine.near.unbind(1)
+    low, high = low - high[here, to][:, None], high - low[here, to][:, None]
+    room = ROUNDING * (1 + low.abs() + high.abs())
+    near = torch.stack(intersected(torch.stack([low - room, high + room], 1), known), 1)
+    near[here, :, to] = 0.0
+    mine = replace(mine, near=near, cut=torch.zeros_like(mine.cut))
+    mine = replace(mine, s=joint.middle_sum(mine).log())
+    columns = {name: getattr(rows, name).clone() for name in ("near", "ref", "cut", "s")}
+    for name, column in columns.items():
+        column[which] = getattr(mine, name)
+    return replace(rows, **columns)
