@@ -68,7 +68,7 @@ def _source(name: str) -> Path:
 
 
 def _arrays(name: str, train: bool, source: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels, whatever the files hold; torchvision downloads what is to lie in the repository's own folder."""
+    """Images and labels, whatever the files hold; torchvision downloads what the repository's own folder lacks."""
     if source.suffix == ".npz":
         if not zipfile.is_zipfile(source):
             raise ValueError("it is no .npz archive, or only its beginning")
