@@ -62,7 +62,7 @@ def test_no_forged_answer_gets_below_the_truth(monkeypatch, kind, forgery):
     network, student, x, eps = NETWORKS[kind]
     before = difference_bounds(network, x, eps, method="alpha-crown")[0]
     forge(monkeypatch, FORGERIES[forgery])
-    for method in ("lp", "milp"):
+    for method in ("lp", "milp") if kind == "fc" else ("lp",):
         found = difference_bounds(network, x, eps, method=method, max_nodes=7)[0]
         assert (truth(network, x, eps) <= found + 1e-9).all() and (found <= before).all()
     bound = faithfulness_upper_bound(network, student, x, eps, method="lp")
