@@ -115,7 +115,7 @@ def test_the_differences_left_out_cannot_change_the_bound(monkeypatch):
 
 
 def test_a_node_limit_keeps_a_valid_bound_and_says_so():
-    network, x, eps = fully_connected(3, 6, 6, 2, factor=2.5, seed=1), torch.zeros(1, 3).double(), 1.0
+    network, x, eps = fully_connected(4, 8, 8, 2, factor=2.5, seed=1), torch.zeros(1, 4).double(), 1.0
     z = network(points(x, eps))
     truth, before = (z[:, None, :] - z[:, :, None]).amax(0), math.inf
     _, image = opened(network, x, eps)

@@ -62,7 +62,7 @@ def test_no_forged_answer_gets_below_the_truth(monkeypatch, kind, forgery):
     network, student, x, eps = NETWORKS[kind]
     before = difference_bounds(network, x, eps, method="alpha-crown")[0]
     forge(monkeypatch, FORGERIES[forgery])
-    for method in ("lp", "milp"):
+    for method in ("lp", "milp") if kind == "fc" else ("lp",):
         found = difference_bounds(network, x, eps, method=method, max_nodes=7)[0]
         assert (truth(network, x, eps) <= found + 1e-9).all() and (found <= before).all()
     bound = faithfulness_upper_bound(network, student, x, eps, method="lp")
@@ -99,5 +99,7 @@ def test_whatever_is_not_optimal_gains_nothing(monkeypatch, status):
 def test_an_honest_solver_gains_here():
     """Otherwise the tests above would show nothing."""
     for network, _, x, eps in NETWORKS.values():
-        found = [difference_bounds(network, x, eps, method=method)[0] for method in ("alpha-crown", "milp")]
-        assert (found[0] - found[1]).max() > 1e-3
+        relaxed, exact = (
+            difference_bounds(network, x, eps, method=name, max_nodes=20) for name in ("alpha-crown", "milp")
+        )
+        assert (relaxed - exact).max() > 1e-3
