@@ -308,7 +308,7 @@ class Recorder(TorchDispatchMode):
         if problems and not outputs:
             raise problems[0]
         if function._schema.is_mutable:
-            self.forget_views(arguments[0])
+            self.forget_views(options.get("out", arguments[0]))
         try:
             places = problems or self.places(name.removesuffix("_"), arguments, options, made, given)
         except FaithkdError as problem:
@@ -385,6 +385,7 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
 
 def as_module(network) -> tuple[nn.Module, int]:
     """A network as a module, and how many images it takes at once: an exported program may have a fixed number."""
+    network = getattr(network, "_orig_mod", network)  # of what torch.compile makes
     if type(network).__name__ != "ExportedProgram":  # its class is in a part of torch that takes seconds to import
         return network, 2
     inputs = network.graph_signature.user_inputs
@@ -439,8 +440,10 @@ def position(frames: Iterable[FrameType], paths: dict[int, str], name: str) -> s
 def compare(builder: Builder, last: Place, network: nn.Module, name: str, softmax: str) -> None:
     """Refuse operators that compute something else than their module, as where values depend on more than the image."""
     generator = torch.Generator().manual_seed(0)
-    values = [torch.rand(builder.batch, *builder.shapes[0], dtype=torch.float64, generator=generator) * 2 - 1]
-    expected = network(values[0].clone())
+    image = torch.rand(builder.batch, *builder.shapes[0], dtype=torch.float64, generator=generator) * 2 - 1
+    image[0] *= 100  # what is done to large values only is seen too
+    values = [image]
+    expected = network(image.clone())
     for operator, inputs in builder.nodes[:last]:
         values.append(operator(*(values[place] for place in inputs)))
     found = getattr(torch, softmax)(values[-1], 1) if softmax else values[-1]
