@@ -406,6 +406,8 @@ def in_float64(module: nn.Module, made: dict[int, nn.Module], name: str) -> nn.M
             )
         return value.detach().to("cpu", torch.float64 if value.is_floating_point() else None, copy=True)
 
+    if isinstance(module, torch.jit.ScriptModule):
+        raise FaithkdError(f"{name} cannot be traced: it is scripted; give the module that it was made from")
     if id(module) not in made:
         made[id(module)] = copy = object.__new__(type(module))
         for attribute, value in vars(module).items():

@@ -354,6 +354,15 @@ def test_what_cannot_be_read_says_where(layer, message):
         graph.prepare(nn.Sequential(layer, nn.Flatten()) if message[0] != "d" else layer, IMAGE)
 
 
+def test_compiled_networks_are_read_and_scripted_ones_refused():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert len(graph.prepare(torch.compile(network), (3,)).nodes) == 3
+    with warnings.catch_warnings(action="ignore"):
+        scripted = torch.jit.trace(network, torch.zeros(2, 3))
+    with pytest.raises(FaithkdError, match="network cannot be traced: it is scripted"):
+        graph.prepare(nn.Sequential(scripted), (3,))
+
+
 def test_what_is_not_used_need_not_be_read():
     network = Of(lambda x, last: (x.flatten(1).softmax(1), last(x.flatten(1)))[1], flat()).double()
     assert len(graph.prepare(network, (1, 4, 4)).nodes) == 3
