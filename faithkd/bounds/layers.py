@@ -37,7 +37,6 @@ class AvgPool2d(Affine):
     ceil_mode: bool = False
     count_include_pad: bool = True
     divisor_override: int | None = None
-    dims = 3
 
     def __post_init__(self) -> None:
         self.terms = self.products = math.prod(pair(self.kernel_size))
@@ -218,21 +217,17 @@ def elu(z: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 
     return scale * torch.where(z > 0, z, alpha * torch.expm1(input_scale * z.clamp(max=0)))
 
 
-def positive(**numbers: float) -> None:
-    """Refuse settings with which a curve turns otherwise."""
-    for name, number in numbers.items():
-        if number <= 0:
-            raise FaithkdError(f"{name} must be > 0, not {number}")
-
-
 def elu_of(alpha=1.0, scale=1.0, input_scale=1.0) -> Smooth:
-    positive(alpha=alpha, scale=scale, input_scale=input_scale)
+    if min(alpha, scale, input_scale) <= 0:
+        raise FaithkdError("an ELU with a factor that is not > 0 turns elsewhere, and cannot be bounded")
     return Smooth(partial(elu, alpha=alpha, scale=scale, input_scale=input_scale), (0.0,))
 
 
 def softplus_of(beta=1.0, threshold=20.0) -> Smooth:
-    positive(beta=beta)  # torch says z past the threshold, which is less by ln(1 + exp(-beta z)) / beta
-    return Smooth(partial(F.softplus, beta=beta, threshold=threshold), off=math.exp(-threshold) / beta)
+    # torch says z past the threshold, which is less by ln(1 + exp(-beta z)) / beta
+    return Smooth(
+        partial(F.softplus, beta=beta, threshold=threshold), convex=beta > 0, off=math.exp(-threshold) / abs(beta)
+    )
 
 
 def gelu_of(approximate="none") -> Smooth:

@@ -92,7 +92,6 @@ class Lines:
 class Operator:
     """y = f(z, ...), by itself the identity on the shape of its input."""
 
-    dims: int | None = None  # of one input, None for any number
     linear = False  # exactly so: it needs no lines, only room for rounding
     mixes = False  # whether an output stands on several numbers, so that an interval can lose what they share
     splits = False  # whether z >= 0 and z <= 0 make two parts of a domain on which it is simpler
@@ -121,11 +120,7 @@ class Operator:
         return torch.ones_like(lower, dtype=torch.bool)
 
     def check(self, *shapes: Shape) -> None:
-        """Refuse inputs of these shapes."""
-        if self.dims is not None and any(len(shape) != self.dims for shape in shapes):
-            raise FaithkdError(
-                f"{type(self).__name__} needs (channels, height, width), but gets an input of shape {shapes[0]}"
-            )
+        """Refuse inputs of these shapes, where it would not fail of itself."""
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Operator":
         """The same in another precision, or on another device."""
@@ -216,7 +211,6 @@ class Conv2d(Affine):
     padding: int | tuple | str = 0
     dilation: int | tuple = 1
     groups: int = 1
-    dims = 3
 
     def __post_init__(self) -> None:
         self.terms, self.products = self.weight[0].numel(), self.weight.numel()
@@ -323,7 +317,6 @@ class MaxPool2d(Operator):
     padding: int | tuple = 0
     dilation: int | tuple = 1
     ceil_mode: bool = False
-    dims = 3
 
     def __post_init__(self) -> None:
         self.stride = self.stride or self.kernel_size
@@ -332,7 +325,6 @@ class MaxPool2d(Operator):
         return F.max_pool2d(z, *vars_of(self))
 
     def check(self, shape):
-        super().check(shape)
         if (self.windows(shape) < 0).all(dim=0).any():
             raise FaithkdError("a window of a max-pool covers only padding, its maximum is -infinity")
 

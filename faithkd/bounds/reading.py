@@ -11,7 +11,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -96,12 +96,9 @@ def same(builder: Builder, after: Shape, z: Place, *_, **__) -> Place:
     return z
 
 
-def view(builder: Builder, after: Shape | None, z: Place, *dims, **__) -> Place:
-    if after is None:
-        batch, *after = torch.empty(1, *builder.shapes[z]).flatten(*dims).shape
-        if batch != 1 or dims != (1, -1):
-            raise FaithkdError(f"{builder.where} must have start_dim=1, end_dim=-1 (an image, nothing of the batch)")
-    return z if after == builder.shapes[z] else builder.add(View(tuple(after)), z)
+def view(builder: Builder, after: Shape | None, z: Place, *_, **__) -> Place:
+    after = after or (math.prod(builder.shapes[z]),)  # by itself a flat vector
+    return z if after == builder.shapes[z] else builder.add(View(after), z)
 
 
 def moved(name: str, builder: Builder, after: Shape | None, *arguments, **options) -> Place | list[Place]:
@@ -142,7 +139,7 @@ def moved(name: str, builder: Builder, after: Shape | None, *arguments, **option
         for part in parts[1:]:
             sum_ = builder.add(Add(), sum_, part)
         places.append(builder.scale(sum_, bias=constant[0]) if constant.any() else sum_)
-    return places[0] if len(places) == 1 and name not in LISTS else places
+    return places if name in LISTS else places[0]
 
 
 def expanded(builder: Builder, after: Shape | None, z: Place) -> Place:
@@ -308,7 +305,7 @@ class Recorder(TorchDispatchMode):
         if problems and not outputs:
             raise problems[0]
         if function._schema.is_mutable:
-            self.forget_views(arguments[0])
+            self.forget_views(options.get("out", arguments[0]))
         try:
             places = problems or self.places(name.removesuffix("_"), arguments, options, made, given)
         except FaithkdError as problem:
@@ -357,7 +354,11 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
     network, builder = in_float64(network, {}, name), Builder(shape, batch)
     images = torch.zeros(batch, *shape, dtype=torch.float64)
     paths = {id(module): path for path, module in network.named_modules()}
-    recorder = Recorder(builder, images, lambda: position(inner_frames(), paths, name))
+
+    def here() -> str:
+        return position((frame for frame, _ in traceback.walk_stack(sys._getframe())), paths, name)
+
+    recorder = Recorder(builder, images, here)
     # torch's own warnings are about parts of it that this network happens to use
     with own_settings(), torch.no_grad(), Precision(torch.float64), warnings.catch_warnings(action="ignore"):
         try:
@@ -385,6 +386,7 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
 
 def as_module(network) -> tuple[nn.Module, int]:
     """A network as a module, and how many images it takes at once: an exported program may have a fixed number."""
+    network = getattr(network, "_orig_mod", network)  # of what torch.compile makes
     if type(network).__name__ != "ExportedProgram":  # its class is in a part of torch that takes seconds to import
         return network, 2
     inputs = network.graph_signature.user_inputs
@@ -404,6 +406,8 @@ def in_float64(module: nn.Module, made: dict[int, nn.Module], name: str) -> nn.M
             )
         return value.detach().to("cpu", torch.float64 if value.is_floating_point() else None, copy=True)
 
+    if isinstance(module, torch.jit.ScriptModule):
+        raise FaithkdError(f"{name} cannot be traced: it is scripted; give the module that it was made from")
     if id(module) not in made:
         made[id(module)] = copy = object.__new__(type(module))
         for attribute, value in vars(module).items():
@@ -416,18 +420,10 @@ def in_float64(module: nn.Module, made: dict[int, nn.Module], name: str) -> nn.M
     return made[id(module)]
 
 
-def inner_frames() -> Iterator[FrameType]:
-    """The frames between `read` and here, from the innermost one on."""
-    frame = sys._getframe(1)
-    while frame.f_code is not read.__code__:
-        yield frame
-        frame = frame.f_back
-
-
 def position(frames: Iterable[FrameType], paths: dict[int, str], name: str) -> str:
-    """Which layer of a network computes in these frames, and the line of its author's code."""
+    """Which layer of a network computes in these frames, innermost first, and the line of its author's code."""
     layer = line = None
-    for frame in frames:
+    for frame in itertools.takewhile(lambda frame: frame.f_code is not read.__code__, frames):
         module, file = frame.f_locals.get("self"), frame.f_code.co_filename
         if not layer and paths.get(id(module)):
             layer = f", layer {paths[id(module)]} ({type(module).__name__})"
@@ -439,8 +435,10 @@ def position(frames: Iterable[FrameType], paths: dict[int, str], name: str) -> s
 def compare(builder: Builder, last: Place, network: nn.Module, name: str, softmax: str) -> None:
     """Refuse operators that compute something else than their module, as where values depend on more than the image."""
     generator = torch.Generator().manual_seed(0)
-    values = [torch.rand(builder.batch, *builder.shapes[0], dtype=torch.float64, generator=generator) * 2 - 1]
-    expected = network(values[0].clone())
+    image = torch.rand(builder.batch, *builder.shapes[0], dtype=torch.float64, generator=generator) * 2 - 1
+    image[0] *= 100  # what is done to large values only is seen too
+    values = [image]
+    expected = network(image.clone())
     for operator, inputs in builder.nodes[:last]:
         values.append(operator(*(values[place] for place in inputs)))
     found = getattr(torch, softmax)(values[-1], 1) if softmax else values[-1]

@@ -1,6 +1,8 @@
 """Modules of any kind are read as the functions that they are, and what cannot be read is an error that says where."""
 
 import math
+import resource
+import time
 import warnings
 from fractions import Fraction
 
@@ -222,6 +224,65 @@ def test_batch_normalisation_is_rounded_outwards():
             assert max(exact) <= total
 
 
+def test_division_by_constants_is_rounded_outwards():
+    torch.manual_seed(0)
+    divisor = torch.tensor([3.0, 7e-9, 1.1e12, -0.3])
+    operator = graph.prepare(Of(lambda x: x / divisor), (4,)).nodes[0].operator
+    for _ in range(200):
+        z = torch.randn(1, 4, dtype=torch.float64)
+        low, high = operator.interval((z, z))
+        (form,), constant = operator.transpose(torch.ones(1, 1, 4).double(), operator.relax((z, z)), None, (4,))
+        exact = [Fraction(a) / Fraction(b) for a, b in zip(z[0].tolist(), divisor.tolist(), strict=True)]
+        for k in range(4):
+            assert Fraction(low[0, k].item()) <= exact[k] <= Fraction(high[0, k].item())
+        found = sum(Fraction(a) * Fraction(b) for a, b in zip(form[0, 0].tolist(), z[0].tolist(), strict=True))
+        assert sum(exact) <= found + Fraction(constant.item())
+
+
+class Block(nn.Module):
+    """Two convolutions and a short cut, all with batch normalisation."""
+
+    def __init__(self, before, after, stride):
+        super().__init__()
+        self.one, self.two = (
+            nn.Sequential(nn.Conv2d(a, after, 3, s, 1, bias=False), nn.BatchNorm2d(after))
+            for a, s in ((before, stride), (after, 1))
+        )
+        self.short = nn.Sequential()
+        if before != after:
+            self.short = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x):
+        return F.relu(self.two(F.relu(self.one(x))) + self.short(x))
+
+
+def resnet_2b(seed):
+    """Of the size of VNN-COMP's ResNet-2b, 112,094 parameters, with He's weights and statistics of noise."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), Block(8, 16, 2), Block(16, 16, 1)),
+        *(nn.Flatten(), nn.Linear(1024, 100), nn.ReLU(), nn.Linear(100, 10)),
+    )
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight)
+    for _ in range(40):
+        network(torch.rand(32, 3, 32, 32))
+    return network.eval()
+
+
+def test_a_pair_the_size_of_resnet_2b_takes_seconds():
+    """5 s an image on two cores are 10 s of computing; and not 2 GB."""
+    pair, x, eps = (resnet_2b(0), resnet_2b(1)), torch.rand(1, 3, 32, 32), 2e-4
+    assert sum(weight.numel() for weight in pair[0].parameters()) == 112_094
+    most, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    found = faithfulness_upper_bound(*pair, x, eps, method="crown").values.item()
+    assert time.process_time() - begin <= 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most <= 2e6
+    with torch.no_grad():
+        assert gap(*(network.double() for network in pair), points(x, eps, 20)).max() <= found < 1
+
+
 def test_graphs_of_fx_and_of_torch_export_are_networks():
     """With a batch of any size, or of the one that the program was exported with."""
     network, x = Residual().double().eval(), torch.randn(3, 1, 4, 4, dtype=torch.float64)
@@ -291,6 +352,15 @@ REFUSED = [
 def test_what_cannot_be_read_says_where(layer, message):
     with pytest.raises(FaithkdError, match=message):
         graph.prepare(nn.Sequential(layer, nn.Flatten()) if message[0] != "d" else layer, IMAGE)
+
+
+def test_compiled_networks_are_read_and_scripted_ones_refused():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    assert len(graph.prepare(torch.compile(network), (3,)).nodes) == 3
+    with warnings.catch_warnings(action="ignore"):
+        scripted = torch.jit.trace(network, torch.zeros(2, 3))
+    with pytest.raises(FaithkdError, match="network cannot be traced: it is scripted"):
+        graph.prepare(nn.Sequential(scripted), (3,))
 
 
 def test_what_is_not_used_need_not_be_read():
