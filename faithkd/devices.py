@@ -30,8 +30,6 @@ def follows_images(function: Callable) -> Callable:
                     f"device {device!r} cannot be used: {str(problem).partition(chr(10))[0]}"
                 ) from problem
         elsewhere = isinstance(x, Tensor) and x.device != torch.get_default_device()
-        if elsewhere and x.device.type != "cpu" and options.get("method") in ("lp", "milp"):
-            raise FaithkdError("lp and milp are solved on the CPU: pass device='cpu' for them")
         with x.device if elsewhere else nullcontext():
             return function(*bound.args, **bound.kwargs)
 

@@ -160,11 +160,12 @@ def faithfulness_upper_bound(
     "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
+    `device`: where all of this is computed, in float64; without it where `x` is.
+
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
 
     Values hold for the networks as functions of real numbers; float64 rounding is accounted for. No solver's word is
     taken: for "lp" and "milp" its multipliers only, and every bound is computed from them anew (`exact`).
-    `device`: where it is computed; without it where `x` is.
     Raises FaithkdError for whatever cannot be bounded. Paper §4.2, eqs (8) to (11).
     """
     choices = Choices(method, solver, max_nodes, nodes, budget, tolerance, seed, agreement, jobs, progress)
@@ -297,6 +298,8 @@ def bounder(network: Network, q: int, choices: Choices) -> Callable[[Tensor, Ten
         except ModuleNotFoundError as missing:
             raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[lp]' for lp and milp") from None
 
+        if torch.get_default_device().type != "cpu":
+            raise FaithkdError("lp and milp are solved on the CPU; pass device='cpu' for them")
         opened = exact.opener(network, choices.solver)
 
     def bound(lower: Tensor, upper: Tensor) -> Alone:
