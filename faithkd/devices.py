@@ -33,9 +33,4 @@ def follows_images(function: Callable) -> Callable:
         with x.device if elsewhere else nullcontext():
             return function(*bound.args, **bound.kwargs)
 
-    keyword = inspect.Parameter("device", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="device")
-    parameters = list(signature.parameters.values())
-    last = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
-    parameters.insert(len(parameters) - last, keyword)
-    run.__signature__ = signature.replace(parameters=parameters)
     return run

@@ -134,6 +134,12 @@ def test_what_cannot_be_read_is_an_error_that_says_why(body, options, told, tmp_
         faithkd.load_onnx(path)
 
 
+def test_weights_that_are_no_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(WEIGHTS, "b", np.array([0, np.nan, 1], np.float32))
+    with pytest.raises(faithkd.FaithkdError, match="the weight b holds NaN or infinity"):
+        faithkd.load_onnx(write(tmp_path / "nan.onnx", FLAT))
+
+
 def test_damaged_files(tmp_path):
     whole = write(tmp_path / "net.onnx", FLAT)
     model = onnx.load(whole)

@@ -71,6 +71,19 @@ def test_a_graph_with_lists_and_a_softmax(tmp_path):
     torch.testing.assert_close(network(x).softmax(1), Parts()(x))
 
 
+class Mixing(nn.Module):
+    """Of a batch of two, each image sees the other."""
+
+    def forward(self, x):
+        return (x - x.mean(0, keepdim=True)).view(2, -1)
+
+
+def test_a_graph_that_mixes_its_images_is_refused(tmp_path):
+    torch.export.save(torch.export.export(Mixing(), (torch.zeros(2, 2, 2),)), tmp_path / "mixing.pt2")
+    with pytest.raises(faithkd.FaithkdError, match="it is for 2 images at once and mixes them"):
+        faithkd.load_pt2(tmp_path / "mixing.pt2")
+
+
 def changed(path, target, old: str, new: str):
     """The same archive with another text in its graph or its lists of weights."""
     content = io.BytesIO()

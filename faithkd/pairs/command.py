@@ -4,7 +4,6 @@ import csv
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from faithkd.errors import FaithkdError
@@ -36,7 +35,9 @@ def bound(
     """How far two networks differ around each image: EmpLB (found) and FaithUB (proved) of networks in files."""
     if eps is None and not check:
         raise FaithkdError("--eps is missing: the radius of the ball, in the units of the images; or ask with --check")
-    import faithkd  # torch only now: help comes at once
+    import numpy as np  # and torch, only now: help comes at once
+
+    import faithkd
     from faithkd import arguments
     from faithkd.bounds import METHODS
     from faithkd.pairs import files

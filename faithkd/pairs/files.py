@@ -10,22 +10,19 @@ from torch import Tensor
 from faithkd import arguments
 from faithkd.bounds.graph import prepare
 from faithkd.errors import FaithkdError
+from faithkd.pairs.onnx import load_onnx
 from faithkd.pairs.program import Program
+from faithkd.pairs.pt2 import load_pt2
 
+LOADERS = {".onnx": load_onnx, ".pt2": load_pt2}
 PICKLED = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".tar")
 
 
 def load_network(path: str | Path) -> Program:
     """A network from a file: .onnx, or .pt2 as torch.export.save writes it. Raises FaithkdError for all others."""
     suffix = Path(path).suffix.lower()
-    if suffix == ".onnx":
-        from faithkd.pairs.onnx import load_onnx
-
-        return load_onnx(path)
-    if suffix == ".pt2":
-        from faithkd.pairs.pt2 import load_pt2
-
-        return load_pt2(path)
+    if suffix in LOADERS:
+        return LOADERS[suffix](path)
     why = "to read it would execute whatever is pickled in it" if suffix in PICKLED else "that is none of these"
     raise FaithkdError(
         f"{path}: networks are read from .onnx and .pt2 files; {why}. Where the network is a torch module: "

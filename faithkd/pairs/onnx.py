@@ -202,7 +202,10 @@ def read(path: Path) -> Program:
         )
     steps, weights = translated(model, batch)
     program = Program(tuple(shape), inputs[0].name, model.graph.output[0].name, steps, weights).eval()
-    compare(path, program, torch.float64 if form.elem_type == 11 else torch.float32, batch)
+    count = -(-POINTS // (batch or 1)) * (batch or 1)
+    x = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+    x[::2] = x[::2].sigmoid()  # half of them in [0, 1]
+    compare(path, program, x.double() if form.elem_type == 11 else x, batch)
     return program.without_softmax(path)
 
 
@@ -296,25 +299,23 @@ def needed(steps: list[Step], last: str) -> list[Step]:
     return kept[::-1]
 
 
-def compare(path: Path, program: Program, dtype: torch.dtype, batch: int | None) -> None:
-    """Refuse a program that computes something else than onnxruntime, to which images are given one by one."""
+def compare(path: Path, network: torch.nn.Module, x: Tensor, batch: int | None) -> None:
+    """Refuse a file of which onnxruntime, with as many images at once as the file takes, makes something else."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised
-    count = -(-POINTS // (batch or 1)) * (batch or 1)
-    x = torch.randn(count, *program.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    x[::2] = x[::2].sigmoid()  # half of them in [0, 1]
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        parts = [session.run(None, {program.first: part.numpy()})[0] for part in x.split(batch or 1)]
+        name = session.get_inputs()[0].name
+        parts = [session.run(None, {name: part.numpy()})[0] for part in x.split(batch or 1)]
     except Exception as problem:  # of its own kinds
         raise FaithkdError(f"onnxruntime cannot run it: {first_line(problem)}") from problem
     theirs = torch.from_numpy(np.concatenate(parts))
     with torch.no_grad():
-        ours = program(x)
+        ours = network(x)
     if ours.shape != theirs.shape or not ((ours - theirs).abs() <= TOLERANCE * (1 + theirs.abs())).all():
         raise FaithkdError(
-            "what was read of it differs from what onnxruntime computes, so it is not used; does it mix the images of "
-            "a batch, or was it exported in training mode?"
+            "what torch computes of it differs from what onnxruntime computes, so it is not used; does it mix the "
+            "images of a batch, or was it exported in training mode?"
         )

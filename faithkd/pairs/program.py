@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from faithkd import arguments
 from faithkd.errors import FaithkdError
 
 
@@ -65,6 +66,7 @@ class Program(nn.Module):
                 self.register_parameter(self.names[name], nn.Parameter(weight, requires_grad=False))
             else:
                 self.register_buffer(self.names[name], weight)
+        arguments.network(self, "network")
         places = [f"{number} {step.where.replace('.', '/')}" for number, step in enumerate(steps)]
         self.nodes = nn.ModuleDict(dict(zip(places, map(Operation, steps), strict=True)))
 

@@ -71,8 +71,18 @@ def read(archive: zipfile.ZipFile) -> Program:
     batch, *shape = [size.get("as_int") for size in graph["tensor_values"][images[0]]["sizes"]]
     if None in shape:
         raise FaithkdError("its images have no fixed shape; export it again with a fixed one, only the batch may vary")
-    steps = [step(node, batch) for node in graph["nodes"]]
-    return Program(tuple(shape), images[0], outputs[0], steps, weights).eval()
+
+    def program(batch: int | None) -> Program:
+        steps = [step(node, batch) for node in graph["nodes"]]
+        return Program(tuple(shape), images[0], outputs[0], steps, weights).eval()
+
+    if batch is not None:
+        x = torch.randn(3 * batch, *shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = torch.cat([program(None)(part) for part in x.split(batch)])
+            if not torch.allclose(program(batch)(x), expected, rtol=1e-4, atol=1e-4):
+                raise FaithkdError(f"it is for {batch} images at once and mixes them; export it for any number of them")
+    return program(batch)
 
 
 def tensor(archive: zipfile.ZipFile, folder: str, name: str, entry: dict) -> Tensor:

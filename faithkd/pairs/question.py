@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from faithkd import arguments
 from faithkd.bounds.graph import check_images, outer_ball, prepare_pair
 from faithkd.errors import FaithkdError
+from faithkd.pairs.onnx import compare
 
-TOLERANCE = 1e-4  # of onnxruntime, in float32
 OPSET = 18  # the oldest that torch writes
 
 
@@ -39,16 +39,15 @@ def export_question(
     δ* ≤ d. `logits.onnx` returns both networks' logits `(1, 2C)`, for tools that know no softmax and question of their
     own. Both are compared with the networks by onnxruntime in the balls. Raises FaithkdError as the bounds do.
     """
-    d, x = arguments.number("d", d), check_images(x)
+    d, x = arguments.number("d", d), check_images(x).cpu()
     classes = prepare_pair(teacher, student, x)[0].classes
     box, folder = outer_ball(x, eps, clip), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    share = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    points, paths = (box[0] + share * (box[1] - box[0])).float(), []
     for name, confidences in (("differences", True), ("logits", False)):
-        product = Product(teacher, student, confidences)
         paths.append(folder / f"{name}.onnx")
-        write(product, x[:1].float(), paths[-1])
-        compare(product, box, paths[-1])
+        write(Product(teacher, student, confidences), points, paths[-1])
     for number, ends in enumerate(zip(*box, strict=True)):
         paths.append(folder / f"image-{number}.vnnlib")
         paths[-1].write_text(question(*ends, d, classes), encoding="ascii")
@@ -74,38 +73,14 @@ def decimal(number: float | str) -> str:
 
 
 def write(product: Product, x: Tensor, path: Path) -> None:
-    """The product network for one image, all in one file."""
+    """The product network for one image, all in one file, compared with what onnxruntime makes of it at points `x`."""
     try:
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401, which torch's exporter needs
     except ModuleNotFoundError as missing:
-        raise FaithkdError(
-            f"{missing.name} is not installed: pip install 'faithkd[onnx]' to write ONNX files"
-        ) from None
+        raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[onnx]' to write ONNX") from None
+    options = {"input_names": ["X"], "output_names": ["Y"], "opset_version": OPSET, "external_data": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about parts of torch that the exporter happens to use
-        torch.onnx.export(
-            product,
-            (x,),
-            path,
-            input_names=["X"],
-            output_names=["Y"],
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-
-
-def compare(product: Product, box: tuple[Tensor, Tensor], path: Path) -> None:
-    """Refuse a file that computes something else than the networks at random points of the balls."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    share = torch.rand(box[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    points = (box[0] + share * (box[1] - box[0])).float()
-    for point in points:
-        theirs = torch.from_numpy(session.run(None, {"X": point[None].numpy()})[0])
-        with torch.no_grad():
-            ours = product(point[None])
-        if not ((ours - theirs).abs() <= TOLERANCE * (1 + ours.abs())).all():
-            raise FaithkdError(f"{path}: onnxruntime computes something else from it than the networks; do not use it")
+        torch.onnx.export(product, (x[:1],), path, dynamo=True, verbose=False, **options)
+    compare(path, product, x, 1)
