@@ -151,7 +151,7 @@ def test_to_retrain_has_a_store_of_its_own_that_a_stopped_run_finds_again(home, 
     note = (
         "from faithkd.reproduce import artefacts\n"
         "made = artefacts.artefact('weights/a.safetensors', {}, lambda _: (print('made') or {}, {}))\n"
-        'open("fresh.txt", "a").write(f"{artefacts.root().name} {len(list(artefacts.root().rglob(\'a.safetensors\')))}\\n")'
+        'open("fresh.txt", "a").write(artefacts.root().name + " ")'
     )
     home.write("00-quick", note)
     home.write("01-fails", 'import os\nassert os.path.exists("go")', note)
@@ -160,8 +160,7 @@ def test_to_retrain_has_a_store_of_its_own_that_a_stopped_run_finds_again(home, 
     printed = home.call("run", "--retrain")
     assert trained == [("digits", "retrain")] * 2 and printed.count("already there") == 1
     assert "2 to run" in home.call("run"), "and without it nothing of that counts"
-    said = (home.folder / "notebooks" / "fresh.txt").read_text().split("\n")
-    assert said == ["retrain 1", "retrain 1", ".store 2", ".store 2", ""]
+    assert (home.folder / "notebooks" / "fresh.txt").read_text() == "retrain retrain .store .store "
     texts = [file.read_text() for file in (home.folder / "runs").rglob("*.ipynb")]
     assert sum("made\\n" in text for text in texts) == 2, "once in each store"
 

@@ -41,7 +41,9 @@ def test_headers_say_what_the_networks_were_made_from():
     assert len(header["notes"]["history"]) == header["inputs"]["schedule"]["epochs"] == 64
 
 
-@pytest.mark.parametrize("profile", sorted(path.name for path in (REPOSITORY / "measurements").iterdir()))
+@pytest.mark.parametrize(
+    "profile", sorted(path.name for path in (REPOSITORY / "measurements").iterdir() if path.is_dir())
+)
 def test_the_committed_measurements_hold_tables_1_to_3_of_every_seed(profile, monkeypatch, tmp_path, real_data):
     monkeypatch.setenv("FAITHKD_STORE", str(tmp_path))
     monkeypatch.setattr(measuring, "MAKERS", {})  # whoever measures fails

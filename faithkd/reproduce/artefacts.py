@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
@@ -67,10 +68,8 @@ def load(path: str, inputs: dict, mend: bool = False) -> tuple[dict[str, Tensor]
     for watch in _watches:
         watch[path] = inputs
     fresh = os.environ.get("FAITHKD_FRESH")
-    folders = [root()] if fresh else [root(), paths.ROOT]
-    if fresh == "measurements" and path.startswith("weights/"):
-        folders.append(paths.ROOT)
-    for folder in folders:
+    committed = not fresh or (fresh == "measurements" and path.startswith("weights/"))
+    for folder in [root(), paths.ROOT] if committed else [root()]:
         found = _found(folder / path, inputs, mend)
         if found is not None:
             return found
@@ -163,12 +162,14 @@ def keep(asked: dict[str, dict]) -> None:
             folder = re.match(r".*?/seed\d+(?=/)", path)[0]
             packs.setdefault(paths.ROOT / f"{folder}{SUFFIX}", {})[_entry(path, folder)] = (inputs, *found)
     for file, found in packs.items():
-        tensors, entries = _unpacked(file, file.stat().st_mtime_ns) if file.is_file() else ({}, {})
-        tensors = tensors | {name: own for name, (_, own, _) in found.items()}
-        entries = entries | {name: {"inputs": inputs, "notes": notes} for name, (inputs, _, notes) in found.items()}
-        entries = dict(sorted(entries.items()))
-        flat = {f"{name}/{part}": tensor for name in entries for part, tensor in tensors[name].items()}
-        paths.write(file, encode({"entries": entries}, flat))
+        before, known = _unpacked(file, file.stat().st_mtime_ns) if file.is_file() else ({}, {})
+        tensors = before | {name: own for name, (_, own, _) in found.items()}
+        entries = known | {name: {"inputs": inputs, "notes": notes} for name, (inputs, _, notes) in found.items()}
+        entries = _plain(dict(sorted(entries.items())))
+        # the same is not written again, as the order of what safetensors writes into a header is chance
+        if entries != known or any(not _equal(tensors[name], before[name]) for name in entries):
+            flat = {f"{name}/{part}": tensor for name in entries for part, tensor in tensors[name].items()}
+            paths.write(file, encode({"entries": entries}, flat))
 
 
 @lru_cache(maxsize=64)
@@ -188,6 +189,10 @@ def _unpacked(file: Path, _written: int) -> tuple[dict[str, dict[str, Tensor]], 
 
 def _entry(path: str, folder: str | Path) -> str:
     return path.removeprefix(f"{folder}/").removesuffix(SUFFIX)
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def _plain(inputs: dict) -> dict:
