@@ -331,6 +331,7 @@ def test_table_3_and_flips():
     table = tables.table3(steps, [0])
     assert list(table.columns) == ["example", "method", "pgd1", "pgd5", "image"]
     assert table["method"].tolist() == ["RSLAD", "FD"] and table["pgd5"].tolist() == [0.3, 0.25]
+    assert tables.layout(table, "table3").loc["x1"].tolist() == ["**0.1000**", "0.2000", "0.3000", "**0.2500**"]
 
 
 def test_table_5_names_alpha(p):

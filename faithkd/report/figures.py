@@ -337,6 +337,8 @@ def beside_paper(cells: pd.DataFrame) -> Figure:
 
 def _beside_paper(axes, part: pd.DataFrame) -> None:
     radii, methods = list(part["eps"].unique()), list(part["method"].unique())
+    if methods[0] not in COLOURS:  # values of α
+        methods.sort()
     shades = COLOURS | dict(zip(methods, sns.color_palette("flare", len(methods)), strict=True)) | COLOURS
     shift = dict(zip(methods, np.linspace(-0.3, 0.3, len(methods)), strict=True))
     places = part["eps"].map(radii.index) + part["method"].map(shift)
@@ -388,7 +390,8 @@ def forest(judged: pd.DataFrame, title: str) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set(xlim=(-1.4 * reach, 1.4 * reach), ylim=(y - 0.5, -1))
-    label = "margin in units of d: 1 point, or 0.01 of confidence\nthin: all seeds; thick: 95 % interval of their mean"
+    label = "margin in units of d: 1 point, or 0.01 of confidence; grey: no larger than d\n"
+    label += "thin: all seeds; thick: 95 % interval of their mean"
     axes.set_xlabel(label, fontsize=8)
     axes.set_title(title, x=-0.82, ha="left", fontsize=9, style="italic")
     height = 0.17 * y + 1.15
