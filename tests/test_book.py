@@ -119,7 +119,7 @@ def test_solutions_and_drawing_code_are_folded(built):
         folded = [
             c for c in cells if c["cell_type"] == "code" and c["metadata"].get("jupyter", {}).get("source_hidden")
         ]
-        assert page.count('<details class="hide') >= len(folded)
+        assert page.count('<details class="admonition hide') >= len(folded)
         assert page.count("<summary>Solution") == sum("".join(c["source"]).count("<summary>Solution") for c in cells)
         assert "launch-lab-button" in page and "download-source-button" in page
 

@@ -45,7 +45,7 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab over a copy of the notebooks, with settings, home and store of its own."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(REPOSITORY / "notebooks", folder / "notebooks")
-    for name in ("params", "weights"):
+    for name in ("params", "weights", "book"):
         if (REPOSITORY / name).is_dir():
             (folder / name).symlink_to(REPOSITORY / name)
     settings = {
@@ -121,6 +121,23 @@ def test_runs_in_jupyterlab(lab, number, tmp_path):
     assert not [output for output in outputs if output.output_type == "error"]
     assert _kinds(executed) >= _kinds(nbformat.read(committed, as_version=4))
     assert picture.stat().st_size > 10_000
+
+
+def test_what_is_dragged_in_the_book_is_dragged_here_too(lab):
+    address, folder = lab
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("%run ../book/watch.py ascent")])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, folder / "notebooks" / "watch.ipynb")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, headless=True, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(120_000)
+        page.goto(f"{address}/doc/tree/watch.ipynb")
+        page.locator(".jp-NotebookPanel[data-jp-kernel-status=idle], .jp-Notebook-ExecutionIndicator").first.wait_for()
+        _run_all(page)
+        page.locator(".watch").get_by_role("button", name="Step").click()
+        sync_api.expect(page.locator(".watch [aria-live]")).to_contain_text("step 1 of 20")
+        browser.close()
 
 
 def _kinds(notebook) -> set[str]:
