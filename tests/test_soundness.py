@@ -22,7 +22,7 @@ def bound(teacher, student, x, eps, method, nodes=12, **keywords):
     return faithfulness_upper_bound(teacher, student, x, eps, method=method, nodes=nodes, **keywords)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(
     st.integers(0, 10**6),
     st.one_of(st.none(), st.tuples(*[st.lists(st.integers(1, 7), max_size=3)] * 2)),
