@@ -51,6 +51,12 @@ def test_the_committed_measurements_hold_tables_1_to_3_of_every_seed(profile, mo
     assert [name for q in seeds for name in experiment.measure_seed(q)] == [f"seed {q.seed}" for q in seeds]
 
 
+def test_the_committed_measurements_of_digits_are_all_that_notebooks_show(monkeypatch, tmp_path):
+    monkeypatch.setenv("FAITHKD_STORE", str(tmp_path))
+    monkeypatch.setattr(measuring, "MAKERS", {})
+    assert list(experiment.measure_all(params.load("digits")))[-1] == "readings"
+
+
 def test_a_seed_of_digits_measured_anew_is_what_is_committed(monkeypatch, tmp_path):
     monkeypatch.setenv("FAITHKD_STORE", str(tmp_path))
     found, complaints = experiment.compare(params.load("digits"))

@@ -66,7 +66,7 @@ def cluster(tmp_path):
             process.wait(30)
 
 
-def until(condition, seconds=90):
+def until(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
