@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -50,14 +51,11 @@ def lectures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def modules():
-    """What book/ computes with, imported as its scripts import each other."""
+def parts():
+    """book/parts.py, imported as the scripts there import each other."""
     sys.path.insert(0, str(BOOK))
     try:
-        import parts
-        import watch
-
-        yield parts, watch
+        yield import_module("parts")
     finally:
         sys.path.remove(str(BOOK))
 
@@ -166,8 +164,7 @@ def test_brackets_hold():
             assert (upper[tighter] <= upper[looser] + 1e-9).all()
 
 
-def test_the_parts_of_the_square_are_bounded(modules):
-    parts, _ = modules
+def test_the_parts_of_the_square_are_bounded(parts):
     nets = parts.drawn("RT"), parts.drawn("SD")
     fresh, kept = parts.search(), DATA["parts"]
     assert fresh["steps"] == kept["steps"]

@@ -133,7 +133,7 @@ def test_what_is_dragged_in_the_book_is_dragged_here_too(lab):
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(120_000)
         page.goto(f"{address}/doc/tree/watch.ipynb")
-        page.locator(".jp-NotebookPanel[data-jp-kernel-status=idle], .jp-Notebook-ExecutionIndicator").first.wait_for()
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # before, JupyterLab asks which kernel to run it in
         _run_all(page)
         page.locator(".watch").get_by_role("button", name="Step").click()
         sync_api.expect(page.locator(".watch [aria-live]")).to_contain_text("step 1 of 20")
