@@ -3,7 +3,8 @@
 Sources are slides/*.md: slides between lines of ---, each with its minutes in the title, `## Title (5)`, and after a
 line `Notes:` what to say. A line {watch figure1} is something to drag, ![alt](figures/digits/fig1.png) a file of the
 repository, and ![alt](notebooks/02-*.ipynb#A heading) the first picture below that heading of a committed notebook.
-{EmpLB, 0.1, FD} is our mean ± half its interval on MNIST, and {seeds} over how many seeds.
+{EmpLB, 0.1, FD} is our mean ± half its interval on MNIST, and {seeds} over how many seeds. A line
+{table figures/mnist/ladder.csv rung eps mean} is a committed table: its file, rows, columns and what stands in them.
 """
 
 import base64
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import watch
 from conf import HERE, MATHJAX
 from markdown_it import MarkdownIt
@@ -21,6 +23,7 @@ from mdit_py_plugins.dollarmath import dollarmath_plugin
 ROOT = HERE.parent
 TITLE = re.compile(r"^(#+ .*?) \((\d+)\)$", re.MULTILINE)
 OURS = re.compile(r"\{(accuracy|robust accuracy|agreement|EmpLB|FaithUB), ([\d./]+), (\w+)\}|\{seeds\}")
+TABLE = re.compile(r"^\{table (\S+) (\w+) (\w+) (\w+)\}$", re.MULTILINE)
 LEDGER = ROOT / "figures/mnist/ledger.csv"
 PICTURE = re.compile(r"!\[(.*?)\]\((.+?)\)", re.DOTALL)
 LENGTH = 90  # minutes
@@ -55,6 +58,15 @@ def ours(found: re.Match) -> str:
     return f"{mean:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
+def table(found: re.Match) -> str:
+    """What stands for a match of TABLE, as HTML, in the order of the file."""
+    file, row, column, value = found.groups()
+    frame = pd.read_csv(ROOT / file, dtype={column: str})
+    cells = frame.pivot(index=row, columns=column, values=value)
+    cells = cells.reindex(index=frame[row].unique(), columns=frame[column].unique()).rename_axis(index=None)
+    return cells.to_html(border=0, float_format="{:.3f}".format)
+
+
 def deck(text: str) -> tuple[str, int]:
     """The sections of a lecture, and its minutes."""
     markdown = MarkdownIt("commonmark", {"html": True}).enable("table").use(
@@ -70,7 +82,7 @@ def deck(text: str) -> tuple[str, int]:
         shown = PICTURE.sub(
             lambda found: f'<img alt="{found[1]}" src="data:image/png;base64,{picture(found[2])}">', shown
         )
-        body = markdown.render(OURS.sub(ours, TITLE.sub(r"\1", shown)))
+        body = markdown.render(TABLE.sub(table, OURS.sub(ours, TITLE.sub(r"\1", shown))))
         body = re.sub(r"<p>\{watch (\w+)\}</p>", lambda found: watch.html(found[1]), body)
         sections.append(
             f'<section data-minutes="{minutes}"><div>{body}</div><aside>{markdown.render(notes)}</aside></section>'
