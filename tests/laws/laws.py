@@ -440,6 +440,7 @@ def row_members(at, parts, rows, number):
 
 def cuts_cover_their_rows():
     """Every point of a row lies in one of the halves of any cut."""
+    switched = 0
     for kind, seed in itertools.product(KINDS, range(3)):
         at, generator = Setting(kind, seed), torch.Generator().manual_seed(seed)
         leaves = at.start(steps=0)
@@ -452,7 +453,8 @@ def cuts_cover_their_rows():
             cut = torch.where((high > 0) & (cut < 0), 0.5 * high, cut).double()
             splits = domains.Splits(nowhere, nowhere, nowhere)
             found = search.Decision(torch.full_like(unit, what), splits, unit, cut)
-            halves = search.halve_rows(rows, found)
+            halves = search.halve_rows(at.roots, leaves.domains, rows, found)
+            switched += int((halves.ref[len(here) :] != rows.ref).sum())
             for number in here.tolist():
                 before = row_members(at, leaves.domains, rows, number)
                 after = [row_members(at, leaves.domains, halves, half) for half in (number, number + len(here))]
@@ -460,6 +462,7 @@ def cuts_cover_their_rows():
                 for half, inside in zip((number, number + len(here)), after, strict=True):
                     true = row_truth(at, halves, half, int(leaves.image[number]))
                     assert (true[inside] <= halves.value[half] + ROOM).all()
+    assert switched >= 20
 
 
 def trees_hold():

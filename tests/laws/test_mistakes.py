@@ -153,11 +153,18 @@ def no_rows(real, roots, leaves, chosen, old=False):
     return replace(found, rows=found.rows[~is_old if old else is_old]), fresh, x
 
 
-def empty_upper_part(real, rows, found):
-    halves = real(rows, found)
+def empty_upper_part(real, *given):
+    halves, found = real(*given), given[3]
     upper = (found.kind == search.NEAR).nonzero()[:, 0] + len(found.kind)
     halves.near[upper, 1] = halves.near[upper, 0]
     return halves
+
+
+def same_range(real, roots, parts, rows, which, to):
+    found, mine, here = real(roots, parts, rows, which, to), rows[which].near, torch.arange(len(which))
+    near = found.near.clone()
+    near[which] = (mine - mine[here, :, to][..., None]).sort(1).values
+    return replace(found, near=near)
 
 
 def smallest_leaf(leaves):
@@ -330,9 +337,10 @@ MISTAKES = {
     "rows not worth a descent are lost": instead(search, "split", no_rows),
     "rows that were not split are lost": instead(search, "split", partial(no_rows, old=True)),
     "one half of a cut is lost": instead(
-        search, "halve_rows", lambda real, rows, found: (half := real(rows, found)[: len(rows.value)]).join(half)
+        search, "halve_rows", lambda real, *given: (half := real(*given)[: len(given[2].value)]).join(half)
     ),
     "a difference is cut at the wrong end": instead(search, "halve_rows", empty_upper_part),
+    "a new reference class keeps the old one's range": instead(search, "refer", same_range),
     "the other network's range is narrowed": instead(search, "narrow", other_network),
     "what is inherited is another order's": before(
         search, "inherit", lambda roots, leaves: (exchanged(roots, "odds"), leaves)
