@@ -191,10 +191,10 @@ def test_a_store_that_cannot_be_written_is_told(monkeypatch, folder):
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half(monkeypatch, folder):
-    def full(file):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(FaithkdError, match="No space left on device; make room"):
         artefacts.artefact(PATH, {}, make())
     assert not [file for file in (folder / "store" / "weights").rglob("*") if file.is_file()]

@@ -81,6 +81,12 @@ def fit(
     return run.state.best, run.state.history
 
 
+def cosine(settings, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch, on one run of cosine annealing from the first rate to the last, §A."""
+    low, high = float(settings.learning_rate_min), float(settings.learning_rate)
+    return low + (high - low) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
 @dataclass
 class State:
     """Where a training stands after an epoch: beside its tensors, what a resumed run needs to go on bit for bit."""
@@ -121,7 +127,7 @@ class Run:
         """One epoch: SGD on the method's loss at x and x_adv of every batch; returns the mean loss."""
         self.network.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+            group["lr"] = cosine(self.settings, self.state.epoch, self.schedule.epochs)
         options = [getattr(self.settings, name, None) for name in ("alpha", "temperature")]
         order = torch.randperm(len(train), generator=self.generator).to(train.y.device)
         batches = order.split(self.schedule.batch_size)
@@ -138,11 +144,6 @@ class Run:
             self.optimizer.step()
             total += loss.detach() * len(y)
         return float(total) / len(train)
-
-    def rate(self) -> float:
-        """The learning rate of this epoch, on one run of cosine annealing, §A."""
-        low, high = float(self.settings.learning_rate_min), float(self.settings.learning_rate)
-        return low + (high - low) * (1 + math.cos(math.pi * self.state.epoch / self.schedule.epochs)) / 2
 
     def perturbed(self, x: Tensor, y: Tensor, attack, generator: torch.Generator, share: float = 1.0) -> Tensor:
         """x_adv, where PGD on `share` of the ball finds `attack(network, teacher, x, y)` highest, eq. (2), if any."""
@@ -166,7 +167,12 @@ class Run:
         self.network.eval()
         few, generator = held_out[:MONITORED], torch.Generator().manual_seed(self.seed)
         accuracy = self.accuracy(held_out.x, held_out.y)
-        row = {"epoch": self.state.epoch + 1, "learning_rate": self.rate(), "loss": loss, "accuracy": accuracy}
+        row = {
+            "epoch": self.state.epoch + 1,
+            "learning_rate": cosine(self.settings, self.state.epoch, self.schedule.epochs),
+            "loss": loss,
+            "accuracy": accuracy,
+        }
         row |= {"redraws": self.state.redraws} if self.state.redraws else {}
         row["robust_accuracy"] = self.accuracy(self.perturbed(few.x, few.y, attack_labels, generator), few.y)
         self.state.epoch += 1
