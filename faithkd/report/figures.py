@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -38,7 +39,13 @@ WIDTH = 9.0  # inches: a notebook's column and a page alike
 
 
 def style() -> None:
-    """Set the look of all figures; notebooks call it once."""
+    """Set the look of all figures, and have notebooks say each in words as well (`described`); they call it once."""
+    shell = get_ipython() if "inline" in plt.get_backend() else None
+    if shell:
+        shell.run_line_magic("matplotlib", "inline")  # else it takes hold after this cell, in place of `described`
+        pictures = shell.display_formatter.formatters["image/png"]
+        draw = pictures.for_type(Figure)
+        pictures.for_type(Figure, lambda figure: (draw(figure), {"alt": described(figure)}))
     sns.set_theme(context="notebook", style="ticks", font_scale=0.85)
     plt.rcParams.update(
         {
@@ -53,6 +60,17 @@ def style() -> None:
             "figure.constrained_layout.use": True,
         }
     )
+
+
+def described(figure: Figure) -> str:
+    """A figure in words where nobody wrote better ones: of each axes its title, what it shows, and its legend."""
+    said = [figure.get_suptitle()]
+    for axes in figure.axes:
+        shown = " over ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        names = ", ".join(dict.fromkeys(axes.get_legend_handles_labels()[1]))
+        titles = [axes.get_title(place) for place in ("left", "center", "right")]
+        said.append(": ".join(filter(None, (*titles, shown, names))))
+    return "; ".join(filter(None, dict.fromkeys(said))).replace("\n", " ")
 
 
 def parameters(p: "Params", *names: str):
