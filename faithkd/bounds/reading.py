@@ -442,7 +442,8 @@ def compare(builder: Builder, last: Place, network: nn.Module, name: str, softma
     for operator, inputs in builder.nodes[:last]:
         values.append(operator(*(values[place] for place in inputs)))
     found = getattr(torch, softmax)(values[-1], 1) if softmax else values[-1]
-    if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
+    beyond = ~found.isfinite() & ~expected.isfinite()  # where weights are so large, no order of sums is right
+    if not (torch.isclose(found, expected, rtol=1e-9, atol=1e-9) | beyond).all():
         raise FaithkdError(
             f"{name}: what was read of it computes something else than it does; does its forward change values in "
             "place that it uses again, draw at random, or depend on anything but the image?"
