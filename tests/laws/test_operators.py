@@ -97,11 +97,11 @@ def test_boxes_and_lines_hold(name):
     operator, *shapes = OPERATORS[name]
     boxes = boxes_of(name)
     low, high = operator.interval(*boxes)
-    lines = operator.relax(*boxes)
+    lines = operator.freed(operator.relax(*boxes), *boxes)
     rows = weights(len(low), 7, *low.shape[1:])
     chosen = [None]
-    if lines.free is not None:  # any slopes are valid, those outside of [0, 1] are not used
-        chosen.append(torch.rand(len(low), 7, *lines.below.shape[2:], dtype=torch.float64) * 1.6 - 0.3)
+    if lines.free is not None:  # any choice is valid, those outside of [0, 1] are not used
+        chosen.append(torch.rand(len(low), 7, *lines.start.shape[2:], dtype=torch.float64) * 1.6 - 0.3)
     for z in points_of(boxes):
         y = operator(*z)
         assert (low <= y + 1e-12).all() and (y <= high + 1e-12).all()
@@ -193,9 +193,12 @@ def test_curves_in_many_digits(name):
     operator, truth = CURVES[name]
     ends = ends_of_many_sizes(120)
     box = tuple(end.view(1, -1) for end in ends)
-    (low, high), line = operator.interval(box), operator.relax(box)
-    floor, ceiling = (line.low - line.noise)[0, 0].tolist(), line.high[0, 0].tolist()
-    above, below, low, high = (part.flatten().tolist() for part in (line.above, line.below, low, high))
+    (low, high), line = operator.interval(box), operator.freed(operator.relax(box), box)
+    one = [(line.below, line.low - line.noise, line.above, line.high)]
+    below, above = line.many[0].unbind(0)
+    many = [*one, *zip(*below.unbind(0), *above.unbind(0), strict=True)]
+    many = [[part.flatten().tolist() for part in parts] for parts in many]
+    low, high = (end[0].tolist() for end in (low, high))
     with mpmath.workdps(40):
         for n, (first, last) in enumerate(zip(*(end.tolist() for end in ends), strict=True)):
             inside = [mpmath.mpf(first) + share * (mpmath.mpf(last) - first) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)]
@@ -203,7 +206,8 @@ def test_curves_in_many_digits(name):
             for z in map(mpmath.mpf, inside):
                 y = truth(mpmath, z)
                 assert low[n] <= y <= high[n]
-                assert below[n] * z + floor[n] <= y <= above[n] * z + ceiling[n]
+                for below, floor, above, ceiling in many:
+                    assert below[n] * z + floor[n] <= y <= above[n] * z + ceiling[n]
 
 
 @pytest.mark.parametrize("name", CURVES)
