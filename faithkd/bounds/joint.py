@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from faithkd.bounds.descent import Range, minimise
 from faithkd.bounds.domains import ROUNDING, Domain, Root, Table, ball_of, lines_of, mapped
 from faithkd.bounds.graph import Network
-from faithkd.bounds.linear import Dual, Slopes, choices, over_ball, pull
+from faithkd.bounds.linear import Dual, Slopes, over_ball, pull, with_choices
 from faithkd.bounds.operators import Box, Lines
 
 RANGES = {  # of all that is free
@@ -242,7 +242,8 @@ def all_rows(roots: tuple[Root, Root], logits: tuple[Tensor, Tensor]) -> Row:
     image, order, label = torch.cartesian_prod(*(torch.arange(size) for size in (images, 2, classes))).unbind(1)
     nothing = torch.zeros(len(image), dtype=torch.float64)
     slopes = {
-        root.q: {k: root.lines[k].start[image, 0].float() for k in choices(root.network, root.lines)} for root in roots
+        root.q: {k: root.lines[k].start[image, 0].float() for k in with_choices(root.network, root.lines)}
+        for root in roots
     }
     push = {root.q: {k: torch.zeros_like(slopes[root.q][k]) for k in root.network.splits} for root in roots}
     rows = Row(image, order, label, label, *[nothing] * 7, slopes, push)

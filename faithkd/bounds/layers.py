@@ -17,6 +17,7 @@ from faithkd.bounds.operators import (
     Box,
     Elementwise,
     Lines,
+    MaxPool2d,
     Operator,
     finite,
     gamma,
@@ -43,6 +44,49 @@ class AvgPool2d(Affine):
 
     def product(self, z, weight, bias):
         return F.avg_pool2d(z, *vars_of(self))
+
+
+@dataclass(eq=False)
+class ConvTranspose2d(Affine):
+    """What carries rows back through a convolution, as a layer of its own."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int | tuple = 1
+    padding: int | tuple = 0
+    output_padding: int | tuple = 0
+    groups: int = 1
+    dilation: int | tuple = 1
+
+    def __post_init__(self) -> None:
+        self.terms, self.products = self.weight[:, 0].numel(), self.weight.numel()
+
+    def product(self, z, weight, bias):
+        return F.conv_transpose2d(z, weight, bias, *vars_of(self)[2:])
+
+    def back(self, rows, shape):
+        made = F.conv2d(rows, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return made[:, :, : shape[1], : shape[2]]  # more where the padding of its output is as wide as a stride
+
+
+class AdaptiveMaxPool2d(MaxPool2d):
+    """The largest number of every window, of as many and as large ones as make an output of this `size`."""
+
+    def __init__(self, size: int | tuple) -> None:
+        self.size = pair(size)
+
+    def __call__(self, z):
+        return F.adaptive_max_pool2d(z, self.size)
+
+    def windows(self, shape):
+        spans = []
+        for before, after in zip(shape[1:], self.size, strict=True):
+            number = torch.arange(after)
+            first, past = number * before // after, -(-(number + 1) * before // after)
+            places = first + torch.arange(int((past - first).amax())).unsqueeze(1)
+            spans.append(places.where(places < past, -1))
+        down, across = spans[0][:, None, :, None], spans[1][None, :, None, :]
+        return (down * shape[2] + across).where((down >= 0) & (across >= 0), -1).flatten(2).flatten(0, 1)
 
 
 @dataclass(eq=False)
@@ -152,7 +196,7 @@ class Smooth(Elementwise):
     ULPS = 2.0**-48  # what torch's values and slopes may be off by, many times over, of all numbers that take part
     HALVINGS, FEWER = 20, 8  # squared in the error: 10^-12 times the box's squared width, 10^-5 for `many` lines
     POINTS = 17
-    SIDE = 8  # lines to choose from on each side of the first
+    SIDE = 12  # lines to choose from on each side of the first
 
     def __call__(self, z):
         return self.function(z)
@@ -288,6 +332,8 @@ CURVES = {  # by torch's name: what takes the rest of its arguments
     "silu": lambda: Smooth(F.silu, (-2.39935728051546766, 2.39935728051546766), convex=False),
     "mish": lambda: Smooth(F.mish, (-2.25637639636079312, 1.49057117948542846), convex=False),
     "gelu": gelu_of,
+    "hardswish": lambda: Smooth(F.hardswish, (-3.0, 3.0), convex=False),  # straight behind its kinks
+    "log_sigmoid_forward": lambda: Smooth(F.logsigmoid, convex=False),
     "elu": elu_of,
     "celu": lambda alpha=1.0: elu_of(alpha, 1.0, 1 / alpha),
     "softplus": softplus_of,

@@ -22,7 +22,7 @@ BUDGET = 2**20  # numbers in the largest tensor of one pass (8 MB): what fits in
 LARGE = 512  # places before ReLU: past it, one pass without descent (convolutions)
 STEPS = 10  # of gradient descent on the slopes; on the paper's networks more gain less than 0.1 % of the bound
 RATE, FALL = 0.6, 0.8  # its first step, falling each time; slopes lie in [0, 1]
-MIDDLE_RATE = 0.3  # of what begins in the middle of its range, a curve's lines
+CURVED_RATE, LONGER = 0.15, 2  # of a curve's lines, which begin in the middle and take that many times the steps
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,9 @@ def descend(
     def value_of(slopes: Slopes) -> Tensor:
         return backward(*rough, slopes)
 
-    ranges = {k: Range(RATE if lines[k].many is None else MIDDLE_RATE, 0, 1) for k in now}
-    kept = minimise(value_of, now, steps, ranges, FALL)
+    ranges = {k: Range(RATE if lines[k].many is None else CURVED_RATE, 0, 1) for k in now}
+    longer = LONGER if any(lines[k].many is not None for k in now) else 1
+    kept = minimise(value_of, now, longer * steps, ranges, FALL ** (1 / longer))
     kept = {k: part.double() for k, part in kept.items()}
     return backward(network, lines, box, rows, at, kept), kept
 
@@ -179,7 +180,7 @@ def refine(
     places = open_.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
     steps = steps if most <= LARGE else 0
     kept, units = {}, math.prod(shape)
-    for j in choices(network, lines).intersection(network.before(place)) if steps else ():
+    for j in with_choices(network, lines).intersection(network.before(place)) if steps else ():
         kept[j] = lines[j].start.unsqueeze(1).repeat(1, 2, units, *[1] * (lines[j].start.ndim - 2))
     for here in chunks(network, places):
         unit = lower.new_zeros(*here.shape, units).scatter_(2, here.unsqueeze(2), 1.0)
@@ -199,7 +200,7 @@ def refine(
     return (lower.view_as(box[0]), upper.view_as(box[1])), kept
 
 
-def choices(network: Network, lines: list[Lines]) -> set[int]:
+def with_choices(network: Network, lines: list[Lines]) -> set[int]:
     """The nodes whose choices are kept for later: ReLUs and curves, not the many weights of max-pools."""
     return {k for k, line in enumerate(lines) if k in network.splits or line.many is not None}
 

@@ -18,11 +18,12 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import faithkd
-from faithkd.bounds.layers import CURVES, Add, AvgPool2d, Pick, Scale, Sums
+from faithkd.bounds.layers import CURVES, AdaptiveMaxPool2d, Add, AvgPool2d, ConvTranspose2d, Pick, Scale, Sums
 from faithkd.bounds.operators import Conv2d, Linear, MaxPool2d, Operator, ReLU, Shape, View, pair
 from faithkd.errors import FaithkdError
 from faithkd.frozen import Precision, own_settings
@@ -172,25 +173,43 @@ def matmul(builder: Builder, after: Shape | None, z, weight, bias=None) -> Place
     return builder.add(Linear(weight.T, bias), z)
 
 
-def convolution(
-    builder, after, z: Place, weight, bias=None, stride=1, padding=0, dilation=1, transposed=False, output=0, groups=1
-) -> Place:
-    if transposed or weight.ndim not in (3, 4):
-        raise FaithkdError("of convolutions only those over one or two dimensions can be bounded, not transposed ones")
-    if weight.ndim == 4:
-        return builder.add(Conv2d(weight, bias, stride, padding, dilation, groups), z)
-    stride, padding, dilation = (
-        part if isinstance(part, str) else (number, pair(part)[0])
-        for number, part in ((1, stride), (0, padding), (1, dilation))
+def convolution(builder: Builder, after: Shape, z: Place, weight, bias=None, *settings) -> Place:
+    """`settings`: stride, padding, dilation, whether it is transposed, padding of the output, groups."""
+    dimensions = weight.ndim - 2
+    if dimensions not in (1, 2):
+        raise FaithkdError("of convolutions only those over one or two dimensions can be bounded")
+    stride, padding, dilation, transposed, output, groups = (*settings, *(1, 0, 1, False, 0, 1)[len(settings) :])
+    if dimensions == 1:
+        weight = weight.unsqueeze(2)
+        stride, padding, dilation, output = (
+            part if isinstance(part, str) else (number, pair(part)[0])
+            for number, part in ((1, stride), (0, padding), (1, dilation), (0, output))
+        )
+        z = builder.add(View((builder.shapes[z][0], 1, builder.shapes[z][1])), z)
+    if transposed:
+        operator = ConvTranspose2d(weight, bias, pair(stride), pair(padding), pair(output), groups, pair(dilation))
+    else:
+        operator = Conv2d(weight, bias, stride, padding, dilation, groups)
+    made = builder.add(operator, z)
+    return made if dimensions == 2 else builder.add(View((builder.shapes[made][0], builder.shapes[made][2])), made)
+
+
+def plain_convolution(builder: Builder, after: Shape, z: Place, weight, bias=None, *settings) -> Place:
+    """`settings`: stride, padding, dilation, groups."""
+    return convolution(
+        builder, after, z, weight, bias, *settings[:3], *(1, 0, 1)[len(settings) :], False, 0, *settings[3:]
     )
-    channels, length = builder.shapes[z]
-    flat = builder.add(View((channels, 1, length)), z)
-    made = builder.add(Conv2d(weight.unsqueeze(2), bias, stride, padding, dilation, groups), flat)
-    return builder.add(View((len(weight), builder.shapes[made][2])), made)
 
 
-def batch_norm(builder, after, z: Place, weight, bias, mean, variance, training, momentum, eps, *_) -> Place:
+def transposed_convolution(builder: Builder, after: Shape, z: Place, weight, bias=None, *settings) -> Place:
+    """`settings`: stride, padding, padding of the output, groups, dilation."""
+    stride, padding, output, groups, dilation = (*settings, *(1, 0, 0, 1, 1)[len(settings) :])
+    return convolution(builder, after, z, weight, bias, stride, padding, dilation, True, output, groups)
+
+
+def batch_norm(builder: Builder, after: Shape, z: Place, weight, bias, mean, variance, *settings) -> Place:
     """weight (z - mean) / sqrt(variance + eps) + bias as one product and sum; `Scale` has room for its rounding."""
+    training, _, eps, *_ = settings
     if training or mean is None:
         raise FaithkdError("batch normalisation needs its running statistics")
     weight = torch.ones_like(mean) if weight is None else weight
@@ -231,7 +250,7 @@ def adaptive_avg_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place
 def adaptive_max_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place:
     before = builder.shapes[z][1:]
     if any(here % there for here, there in zip(before, pair(size), strict=True)):
-        raise FaithkdError(f"adaptive max-pooling from {before} to {pair(size)} has windows of unequal size")
+        return builder.add(AdaptiveMaxPool2d(size), z)
     return builder.add(MaxPool2d(tuple(here // there for here, there in zip(before, pair(size), strict=True))), z)
 
 
@@ -246,7 +265,8 @@ OPERATIONS = {  # torch's operations by name
     "linear": partial(simple, Linear),
     **dict.fromkeys(("matmul", "mm"), matmul),
     "addmm": lambda builder, after, bias, z, weight: matmul(builder, after, z, weight, bias),
-    **dict.fromkeys(("conv1d", "conv2d"), lambda *given: convolution(*given[:8], groups=(*given[8:], 1)[0])),
+    **dict.fromkeys(("conv1d", "conv2d"), plain_convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d"), transposed_convolution),
     "convolution": convolution,
     **dict.fromkeys(("batch_norm", "native_batch_norm"), batch_norm),
     "avg_pool2d": partial(simple, AvgPool2d),
@@ -262,6 +282,7 @@ OPERATIONS = {  # torch's operations by name
     "clamp_max": lambda builder, after, z, high: clamp(builder, after, z, None, high),
     "hardtanh": lambda builder, after, z, low=-1, high=1: clamp(builder, after, z, low, high),
     "relu6": lambda builder, after, z: clamp(builder, after, z, 0, 6),
+    "hardsigmoid": lambda builder, after, z: builder.scale(clamp(builder, after, z, -3, 3), 1 / 6, 0.5),
     **{name: partial(simple, curve) for name, curve in CURVES.items()},
     "add": add,
     "sub": lambda builder, after, first, second, alpha=1: add(builder, after, first, second, -alpha),
@@ -275,6 +296,21 @@ OPERATIONS = {  # torch's operations by name
 }
 SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 LAST = {"softmax", "_softmax", "log_softmax", "_log_softmax"}
+
+
+class Circular(TorchFunctionMode):
+    """Circular padding by parts of the image set beside each other: torch itself fills an empty tensor in place."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        named = dict(zip(("input", "pad", "mode"), arguments, strict=False)) | (options or {})
+        if function not in (nn.functional.pad, torch._C._nn.pad) or named.get("mode") != "circular":
+            return function(*arguments, **(options or {}))
+        image, ends = named["input"], list(named["pad"])
+        for dim in range(len(ends) // 2):
+            before, after = ends[2 * dim : 2 * dim + 2]
+            size = image.shape[-1 - dim]
+            image = image.index_select(-1 - dim, torch.arange(-before, size + after).remainder(size))
+        return image
 
 
 class Recorder(TorchDispatchMode):
@@ -362,7 +398,7 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
     # torch's own warnings are about parts of it that this network happens to use
     with own_settings(), torch.no_grad(), Precision(torch.float64), warnings.catch_warnings(action="ignore"):
         try:
-            with recorder:
+            with recorder, Circular():
                 logits = network(images)
         except FaithkdError:
             raise

@@ -33,6 +33,8 @@ CURVES = {  # each with its truth in as many digits as one likes
         layers.CURVES["gelu"]("tanh"),
         lambda m, z: z / 2 * (1 + m.tanh(m.mpf((2 / torch.pi) ** 0.5) * (z + m.mpf(0.044715) * z**3))),
     ),
+    "hardswish": (layers.CURVES["hardswish"](), lambda m, z: z * min(max(z + 3, 0), 6) / 6),
+    "log of sigmoid": (layers.CURVES["log_sigmoid_forward"](), lambda m, z: -m.log(1 + m.exp(-z))),
     "elu": (layers.CURVES["elu"](), lambda m, z: z if z > 0 else m.expm1(z)),
     "selu": (layers.CURVES["elu"](1.7, 1.05), lambda m, z: m.mpf(1.05) * (z if z > 0 else m.mpf(1.7) * m.expm1(z))),
     "celu": (layers.CURVES["celu"](2.0), lambda m, z: z if z > 0 else 2 * m.expm1(z / 2)),
@@ -43,6 +45,8 @@ OPERATORS = {
     "conv": (operators.Conv2d(weights(3, 2, 2, 3), weights(3)), IMAGE),
     "padded": (operators.Conv2d(weights(3, 2, 3, 3), weights(3), padding="same", dilation=2), IMAGE),
     "strided": (operators.Conv2d(weights(4, 1, 3, 2), weights(4), (2, 1), (1, 0), 1, 2), IMAGE),
+    "transposed": (layers.ConvTranspose2d(weights(2, 3, 2, 3), weights(3)), IMAGE),
+    "transposed in groups": (layers.ConvTranspose2d(weights(2, 2, 3, 2), None, (2, 3), 1, (1, 2), 2, (3, 1)), IMAGE),
     "mean": (layers.AvgPool2d(2), IMAGE),
     "padded mean": (layers.AvgPool2d((2, 2), 2, 1, True, False), IMAGE),
     "scale": (layers.Scale(weights(2, 1, 1), weights(2, 1, 1)), IMAGE),
@@ -59,9 +63,11 @@ OPERATORS = {
     "padded max": (operators.MaxPool2d(3, 1, 1), IMAGE),
     "dilated max": (operators.MaxPool2d((1, 2), dilation=(1, 2)), IMAGE),
     "ceiled max": (operators.MaxPool2d((2, 3), (3, 2), (1, 1), ceil_mode=True), IMAGE),
+    "adaptive max": (layers.AdaptiveMaxPool2d((3, 3)), IMAGE),
     "ceiled dilated max": (operators.MaxPool2d(2, 3, 0, 2, True), IMAGE),
     **{name: (curve, IMAGE) for name, (curve, _) in CURVES.items()},
 }
+MIXED = operators.Linear | operators.Conv2d | layers.ConvTranspose2d | layers.AvgPool2d | layers.Sums | layers.Smooth
 every = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -110,7 +116,7 @@ def test_boxes_and_lines_hold(name):
                 operators.dot(rows, y.unsqueeze(1)) <= rows_at(rows, lines, slopes, operator, shapes, z) + 1e-11
             ).all()
     ends = torch.stack([operator(*z) for z in points_of(boxes)])
-    if not isinstance(operator, operators.Linear | operators.Conv2d | layers.AvgPool2d | layers.Sums | layers.Smooth):
+    if not isinstance(operator, MIXED):
         assert torch.allclose(low, ends.amin(0), atol=1e-9) and torch.allclose(high, ends.amax(0), atol=1e-9)
 
 
