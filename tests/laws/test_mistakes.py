@@ -411,7 +411,9 @@ def of_operators():
     for name, (operator, *_) in test_operators.OPERATORS.items():
         test_operators.test_boxes_and_lines_hold(name)
         test_operators.test_transposes(name)
-        if not isinstance(operator, layers.Smooth):
+        if isinstance(operator, layers.Smooth):
+            test_operators.test_what_lies_between_two_lines_of_a_curve_holds(name)
+        else:
             test_operators.test_rounding_goes_outwards(name, 1e8)
 
 

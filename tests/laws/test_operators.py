@@ -217,6 +217,22 @@ def test_curves_in_many_digits(name):
 
 
 @pytest.mark.parametrize("name", CURVES)
+def test_what_lies_between_two_lines_of_a_curve_holds(name):
+    """On single numbers, where no other one hides it."""
+    operator, _ = CURVES[name]
+    box = tuple(end.view(1, -1) for end in ends_of_many_sizes(60))
+    lines, shape = operator.freed(operator.relax(box), box), box[0].shape[1:]
+    unit = torch.eye(*shape, dtype=torch.float64)
+    rows = torch.cat([unit, -unit])[None]
+    for share in torch.linspace(0, 1, 21).double():
+        z = box[0] + share * (box[1] - box[0])
+        y = operator(z)
+        for choice in torch.linspace(0, 1, 20).double():
+            found = rows_at(rows, lines, choice.expand(rows.shape), operator, [shape], [z])
+            assert (operators.dot(rows, y.unsqueeze(1)) <= found + 1e-13 * (1 + y.abs().amax())).all()
+
+
+@pytest.mark.parametrize("name", CURVES)
 def test_curves_are_as_tight_as_can_be(name):
     """Boxes end where the curve does; over the middle no line can be lower than the hull of the curve."""
     operator, _ = CURVES[name]
