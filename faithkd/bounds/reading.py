@@ -173,38 +173,19 @@ def matmul(builder: Builder, after: Shape | None, z, weight, bias=None) -> Place
     return builder.add(Linear(weight.T, bias), z)
 
 
-def convolution(builder: Builder, after: Shape, z: Place, weight, bias=None, *settings) -> Place:
+def convolution(builder: Builder, after: Shape, z: Place, weight, bias, *settings) -> Place:
     """`settings`: stride, padding, dilation, whether it is transposed, padding of the output, groups."""
-    dimensions = weight.ndim - 2
-    if dimensions not in (1, 2):
+    flat, (stride, padding, dilation, transposed, output, groups) = weight.ndim == 3, settings
+    if weight.ndim not in (3, 4):
         raise FaithkdError("of convolutions only those over one or two dimensions can be bounded")
-    stride, padding, dilation, transposed, output, groups = (*settings, *(1, 0, 1, False, 0, 1)[len(settings) :])
-    if dimensions == 1:
-        weight = weight.unsqueeze(2)
-        stride, padding, dilation, output = (
-            part if isinstance(part, str) else (number, pair(part)[0])
-            for number, part in ((1, stride), (0, padding), (1, dilation), (0, output))
-        )
-        z = builder.add(View((builder.shapes[z][0], 1, builder.shapes[z][1])), z)
+    if flat:  # one row
+        weight, z = weight.unsqueeze(2), builder.add(View((builder.shapes[z][0], 1, builder.shapes[z][1])), z)
+        stride, padding, dilation, output = (1, *stride), (0, *padding), (1, *dilation), (0, *output)
     if transposed:
-        operator = ConvTranspose2d(weight, bias, pair(stride), pair(padding), pair(output), groups, pair(dilation))
+        made = builder.add(ConvTranspose2d(weight, bias, stride, padding, output, groups, dilation), z)
     else:
-        operator = Conv2d(weight, bias, stride, padding, dilation, groups)
-    made = builder.add(operator, z)
-    return made if dimensions == 2 else builder.add(View((builder.shapes[made][0], builder.shapes[made][2])), made)
-
-
-def plain_convolution(builder: Builder, after: Shape, z: Place, weight, bias=None, *settings) -> Place:
-    """`settings`: stride, padding, dilation, groups."""
-    return convolution(
-        builder, after, z, weight, bias, *settings[:3], *(1, 0, 1)[len(settings) :], False, 0, *settings[3:]
-    )
-
-
-def transposed_convolution(builder: Builder, after: Shape, z: Place, weight, bias=None, *settings) -> Place:
-    """`settings`: stride, padding, padding of the output, groups, dilation."""
-    stride, padding, output, groups, dilation = (*settings, *(1, 0, 0, 1, 1)[len(settings) :])
-    return convolution(builder, after, z, weight, bias, stride, padding, dilation, True, output, groups)
+        made = builder.add(Conv2d(weight, bias, stride, padding, dilation, groups), z)
+    return builder.add(View((builder.shapes[made][0], builder.shapes[made][2])), made) if flat else made
 
 
 def batch_norm(builder: Builder, after: Shape, z: Place, weight, bias, mean, variance, *settings) -> Place:
@@ -265,10 +246,9 @@ OPERATIONS = {  # torch's operations by name
     "linear": partial(simple, Linear),
     **dict.fromkeys(("matmul", "mm"), matmul),
     "addmm": lambda builder, after, bias, z, weight: matmul(builder, after, z, weight, bias),
-    **dict.fromkeys(("conv1d", "conv2d"), plain_convolution),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d"), transposed_convolution),
     "convolution": convolution,
-    **dict.fromkeys(("batch_norm", "native_batch_norm"), batch_norm),
+    "native_batch_norm": batch_norm,
+    "_native_batch_norm_legit_no_training": lambda *given: batch_norm(*given[:-2], False, *given[-2:]),
     "avg_pool2d": partial(simple, AvgPool2d),
     **dict.fromkeys(("max_pool2d", "max_pool2d_with_indices"), partial(simple, MaxPool2d)),
     **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), adaptive_avg_pool2d),
@@ -276,7 +256,7 @@ OPERATIONS = {  # torch's operations by name
     "mean": partial(mean, torch.mean),
     "sum": partial(mean, torch.sum),
     "relu": partial(simple, ReLU),
-    **dict.fromkeys(("leaky_relu", "prelu", "_prelu_kernel"), leaky_relu),
+    **dict.fromkeys(("leaky_relu", "_prelu_kernel"), leaky_relu),
     "clamp": clamp,
     "clamp_min": clamp,
     "clamp_max": lambda builder, after, z, high: clamp(builder, after, z, None, high),
