@@ -10,8 +10,8 @@ weights w in the simplex over j != i with entropy H(w), any reference class r !=
 
 where chord_j is above exp on a certified range of z_j - z_r in L, and [a, b] holds m. Together: one linear form in the
 logits of both networks, carried back through both, added on x and maximised over the ball once. All of w, s, k, k', the
-slopes below unsettled ReLUs and the multipliers of constraints are free: they are found by descent, and every value is
-valid. With k = k' = 0 this is eq. (11), in which the two networks may see different images.
+slopes below unsettled ReLUs, the lines of curves and the multipliers of constraints are free: found by descent, and
+every value is valid. With k = k' = 0 this is eq. (11), in which the two networks may see different images.
 """
 
 import math
