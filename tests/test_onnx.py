@@ -39,6 +39,12 @@ GRAPHS = {
         f"""i = Clip<min=-0.5, max=0.5>(x) j = Pad<pads=[0,0,1,0,0,0,0,1]>(i)
         h = Slice<axes=[2,3], starts=[0,1], ends=[4,5]>(j) {END}""",
     ),
+    "one-sided clip": (10, f"h = Clip<max=0.5>(x) {END}"),
+    "constant nodes, allowzero": (
+        14,
+        """s = Constant<value_ints=[-1, 32]>() half = Constant<value_float=0.5>() r = Reshape<allowzero=1>(x, s)
+        m = Mul(r, half) y = Gemm(m, right, b)""",
+    ),
     "new pad and slice": (18, f"j = Pad(x, wide) h = Slice(j, zeros, fours, two) {END}"),
     "slopes": (16, f"h = PRelu(x, slope) {END}"),
     "swish": (13, f"s = Sigmoid(x) h = Mul(x, s) {END}"),
@@ -120,6 +126,7 @@ FLAT = "f = Flatten(x) y = Gemm<transB=1>(f, w, b)"
     ("body", "options", "told"),
     [
         ("e = Erf(x) " + END.replace("h", "e"), {}, r"node 'e' \(Erf\) cannot be read; export it with opset"),
+        (f"h = Clip<max=0.5>(x) {END}", {"opset": 6}, "of opset 6, which ONNX's own converter cannot bring to 18"),
         (FLAT, {"shape": "N,2,h,w"}, r"has shape \(N, 2, h, w\).*for images of one size"),
         (FLAT, {"more": ", float[N,3] second"}, "inputs x, second"),
         (FLAT, {"ends": "float[N,3] y, float[N,32] f"}, "outputs y, f"),

@@ -71,6 +71,43 @@ def test_a_graph_with_lists_and_a_softmax(tmp_path):
     torch.testing.assert_close(network(x).softmax(1), Parts()(x))
 
 
+class Tokens(nn.Module):
+    """What a graph for one image writes down as of one image: a class token, a view, a type, an assertion about it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.last = nn.Linear(16, 4), nn.Linear(12, 3)
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 3, 4))
+
+    def forward(self, x):
+        z = self.embed(x.to(torch.float32).flatten(2))
+        z = torch.cat([self.token.expand(x.shape[0], -1, -1), z], 1) + self.place
+        return self.last((z * torch.sigmoid(z)).view(x.shape[0], -1))
+
+
+class Normalised(nn.Module):
+    def forward(self, x):
+        return (x - 0.5) / 0.25
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_graph_for_some_images_is_for_any_number_also_inside_another_network(count, tmp_path):
+    torch.manual_seed(0)
+    whole, x = Tokens().eval(), torch.rand(5, 2, 4, 4)
+    torch.export.save(torch.export.export(whole, (x[:count],)), tmp_path / "tokens.pt2")
+    network, other = faithkd.load_pt2(tmp_path / "tokens.pt2"), nn.Sequential(nn.Flatten(), nn.Linear(32, 3))
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), whole(x))
+    for mine, true in ((network, whole), (nn.Sequential(Normalised(), network), nn.Sequential(Normalised(), whole))):
+        lower = faithkd.empirical_lower_bound(mine, other, x, 0.1, steps=5)
+        upper = faithkd.faithfulness_upper_bound(mine, other, x, 0.1)
+        at = [each(lower.witnesses).softmax(1).double() for each in (true, other)]
+        torch.testing.assert_close((at[0] - at[1]).abs().amax(1).detach(), lower.values, rtol=0, atol=1e-5)
+        assert (lower.values <= upper.values).all()
+    with pytest.raises(faithkd.FaithkdError, match=r"takes images of shape \(2, 4, 4\), not \(2, 4, 5\)"):
+        network(torch.rand(5, 2, 4, 5))
+
+
 class Mixing(nn.Module):
     """Of a batch of two, each image sees the other."""
 

@@ -220,7 +220,13 @@ def parsed(path: str | Path):
         raise ValueError(str(problem)) from problem
     model = inliner.inline_local_functions(model)
     old = [each.version for each in model.opset_import if each.domain in ("", "ai.onnx") and each.version < OPSET]
-    return version_converter.convert_version(model, OPSET) if old else model
+    try:
+        return version_converter.convert_version(model, OPSET) if old else model
+    except RuntimeError as problem:
+        raise FaithkdError(
+            f"it is of opset {old[0]}, which ONNX's own converter cannot bring to {OPSET}; export it again with "
+            f"opset_version={OPSET} or later"
+        ) from problem
 
 
 def images(model) -> tuple[int | None, tuple, bool]:
