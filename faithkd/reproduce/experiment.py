@@ -43,7 +43,8 @@ AS_IS = "as in the profile"  # among `readings`, the parameters unchanged
 
 def over_seeds(p: Params, measure: Callable[..., pd.DataFrame], **options) -> pd.DataFrame:
     """What `measure` (robustness, faithfulness, pgd_steps, accuracy) gives for each repeat, with a column `seed`."""
-    return pd.concat([measure(q, **options).assign(seed=q.seed) for q in repeats(p)], ignore_index=True)
+    seeds = repeats(p, alphas=options.get("alphas", False))
+    return pd.concat([measure(q, **options).assign(seed=q.seed) for q in seeds], ignore_index=True)
 
 
 def accuracy(p: Params, methods=STUDENTS) -> pd.DataFrame:

@@ -28,9 +28,12 @@ def reseeded(p: Params, add: int) -> Params:
     return p.model_copy(update={"seed": p.seed + add})
 
 
-def repeats(p: Params) -> list[Params]:
-    """The parameters of each repeat: `p.repeats` seeds from `p.seed` on, networks and test subset anew."""
-    return [reseeded(p, add) for add in range(p.repeats)]
+def repeats(p: Params, alphas: bool = False) -> list[Params]:
+    """The parameters of each repeat: `p.repeats` seeds from `p.seed` on, networks and test subset anew.
+
+    With `alphas` those for which FD has every α: the first `p.ablation.repeats`.
+    """
+    return [reseeded(p, add) for add in range(min(p.repeats, p.ablation.repeats) if alphas else p.repeats)]
 
 
 def teacher(p: Params) -> nn.Sequential:
@@ -119,7 +122,7 @@ def device(p: Params) -> str:
 def networks(p: Params) -> list[tuple[Params, str, float | None]]:
     """Every network that the notebooks ask for by its method, as arguments of `trained`; teachers first."""
     wanted = [(q, method, None) for q in repeats(p) for method in ("RT", *STUDENTS)]
-    wanted += [(q, "FD", float(alpha)) for q in repeats(p) for alpha in p.ablation.alpha]
+    wanted += [(q, "FD", float(alpha)) for q in repeats(p, alphas=True) for alpha in p.ablation.alpha]
     wanted += [(changed(p, text), "FD", None) for text in p.ablation.settings]
     for text in p.ablation.readings:
         wanted += [(changed(p, text), method, None) for method in ("RT", *p.ablation.students)]

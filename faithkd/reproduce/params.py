@@ -219,11 +219,13 @@ class Bounds(Group):
 class Ablation(Group):
     """Table 5, and what else notebook 11 varies, as overrides in a text: "data.space=pixel data.clip=true".
 
+    FD is trained with each `alpha` for the first `repeats` seeds of the profile: Table 5 needs fewer than the claims.
     `settings` change the FD student alone, `readings` anything; of each reading the `students` are trained. Bounds for
     them are computed on the first `images` of the test images.
     """
 
     alpha: Annotated[list[Share], Field(min_length=1)]
+    repeats: Count
     settings: list[str]
     readings: list[str]
     students: Annotated[list[Literal["SD", "ARD", "RSLAD", "FD"]], Field(min_length=1)]
