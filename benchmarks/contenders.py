@@ -1,10 +1,10 @@
 """Who bounds: our own methods and the peers that they are measured against."""
 
 from collections.abc import Callable
-from functools import partial
 
 from benchmarks.common import Contender
-from faithkd.bounds import faithfulness_upper_bound
+from faithkd.bounds import faithfulness_upper_bound, interval_bound, softmax_interval
+from faithkd.core.attacks import ball
 
 BY_HAND = "by hand (benchmarks/README.md says into what) from https://github.com/Verified-Intelligence/auto_LiRPA"
 CONTENDERS = {  # in this order they are measured and shown: each of ours beside the peers like it
@@ -29,5 +29,11 @@ def load(name: str) -> Callable:
     if name.startswith("lirpa"):
         from benchmarks import lirpa
 
-        return partial(lirpa.upper_bound, name)
+        def upper_bound(teacher, student, x, eps, clip=None):
+            ends = ball(x.double(), eps, clip)
+            return interval_bound(
+                *(softmax_interval(lirpa.differences(net, *ends, name)) for net in (teacher, student))
+            )
+
+        return upper_bound
     return lambda *ball, **options: faithfulness_upper_bound(*ball, method=name, **options).values

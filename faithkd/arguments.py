@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from faithkd.errors import FaithkdError
+from faithkd.errors import FaithkdError, KeywordError
 
 ROOM = 1e-5  # images are made in float32, so their values may lie a few of its roundings outside `clip`
 
@@ -42,12 +42,18 @@ def random_seed(value) -> int:
     return whole("seed", value, 0, 2**64)
 
 
-def choice(what: str, given: str, known: Iterable[str]) -> None:
+def choice(what: str, given: str, known: Iterable[str], error: type[FaithkdError] = FaithkdError) -> None:
     """Refuse an unknown name with the nearest known one."""
     if not isinstance(given, str) or given not in known:
         near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
         meant = f"; did you mean {near[0]!r}?" if near else ""
-        raise FaithkdError(f"unknown {what} {given!r}: choose one of {', '.join(known)}{meant}")
+        raise error(f"unknown {what} {given!r}: choose one of {', '.join(known)}{meant}")
+
+
+def keywords(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse a misspelt keyword: an error of ours, and a TypeError as Python's own."""
+    for name in given:
+        choice("keyword", name, known, KeywordError)
 
 
 def images(x: Tensor) -> Tensor:

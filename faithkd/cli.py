@@ -252,6 +252,8 @@ def _share_out(jobs: str | None, cluster: str | None) -> None:
 def _start_anew(what: str) -> Path:
     """The folder of runs; to retrain or remeasure one of its own, with a store of its own, found again after a kill."""
     runs = Path(os.environ.get("FAITHKD_RUNS") or paths.ROOT / "runs").absolute()
+    if runs.exists() and not runs.is_dir():
+        raise FaithkdError(f"FAITHKD_RUNS is {runs}, which is no folder; name one, or unset it")
     if what:
         from faithkd.reproduce import artefacts
 

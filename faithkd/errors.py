@@ -11,3 +11,7 @@ class ParamsError(FaithkdError):
 
 class NotebookError(FaithkdError):
     """A notebook that is missing, unknown, damaged or cannot be executed."""
+
+
+class KeywordError(FaithkdError, TypeError):
+    """A keyword that a function does not have: the nearest one that it has."""

@@ -4,14 +4,17 @@ Float16, bfloat16 and float32 numbers are float64 numbers too: `frozen(networks,
 networks with their own weights, and what they say at an image is right but for the rounding of float64.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from faithkd.errors import FaithkdError
@@ -43,6 +46,52 @@ class Precision(TorchFunctionMode):
             return args[0]
         result = function(*args, **kwargs)
         return result if isinstance(result, torch.dtype) else tree_map(self._cast, result)
+
+
+class Softmaxes(TorchDispatchMode):
+    """Notes of what every softmax over classes was taken."""
+
+    NAMES = ("softmax", "_softmax", "log_softmax", "_log_softmax")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: dict[int, tuple[Tensor, Tensor, str]] = {}  # by the result's id; held, so that no other gets it
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch's compiler is imported, which takes seconds
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made, name = function(*arguments, **(options or {})), function.overloadpacket.__name__
+        if name in self.NAMES and arguments[0].ndim == 2 and arguments[1] in (1, -1):
+            self.taken[id(made)] = made, arguments[0], name.strip("_")
+        return made
+
+
+class Logits(nn.Module):
+    """A network g without the softmax at its end, if it has one: f = softmax(g) is what is compared, eq. (8).
+
+    For attacks and bounds alike. `softmax`: what was taken off at the last call, "" for nothing.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.softmax = network, ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with Softmaxes() as seen:
+            made = self.network(x)
+        _, logits, self.softmax = seen.taken.get(id(made), (made, made, ""))
+        return logits
+
+    def tell(self, name: str, network: nn.Module) -> None:
+        """Warn once for each network; not of a log-softmax, of which softmax makes the same f."""
+        if self.softmax == "softmax" and network not in TOLD:
+            TOLD.add(network)
+            warnings.warn(f"{name} ends in a softmax; it is taken off, bounds take the softmax of logits", stacklevel=2)
+
+
+TOLD = WeakSet()  # networks of which their softmax was said
 
 
 @dataclass(frozen=True)

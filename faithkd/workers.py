@@ -136,6 +136,8 @@ def _client(address: str):
     except ModuleNotFoundError:
         raise FaithkdError("a cluster needs the package distributed: pip install 'faithkd[cluster]'") from None
     try:
+        if "://" not in address:  # of which dask makes half a client, whose end is a traceback
+            raise ValueError(address)
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise FaithkdError(

@@ -1,13 +1,15 @@
 """The benchmarks: right columns, sound bounds, peers that say what our own programs say. Nothing is timed."""
 
 import dataclasses
+import itertools
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import attacks, bounds, common, contenders, report, violations
+from benchmarks import attacks, bounds, common, contenders, kinds, report, violations
 from faithkd import experiment, params
 from faithkd.bounds import difference_bounds
 from faithkd.errors import FaithkdError
@@ -95,6 +97,30 @@ def test_unknown_and_absent_contenders(monkeypatch, capsys):
     assert "without lirpa-crown: auto_LiRPA is not installed: by hand" in capsys.readouterr().out
     with pytest.raises(FaithkdError, match="unknown contender 'crwn'"):
         common.taking_part("crwn", contenders.CONTENDERS, "crown")
+
+
+def test_pairs_of_other_kinds_are_compared_and_what_misses_the_aim_is_bold(monkeypatch, tmp_path, digits):
+    """With a peer that says what we say in a tenth of the time, and fails with one kind."""
+
+    def asked(_peer, triples, low, high):
+        x, answers = (low + high) / 2, {}
+        for (kind, triple), (name, peer) in itertools.product(triples.items(), kinds.BESIDE.items()):
+            for who, network in triple.items():
+                highest = difference_bounds(network, x, 0.05, method=name)
+                answers[kind, who, peer] = (highest, 1e-6) if kind == "Tanh" else (None, "ValueError: no")
+        return answers, "9.9"
+
+    monkeypatch.setattr(kinds, "asked", asked)
+    monkeypatch.setattr(kinds, "trained", partial(kinds.trained, steps=5))
+    kinds.main(kinds="Tanh;conv, residual", images=1, out=tmp_path, eps=0.05, only_report=False)
+    table = pd.read_csv(tmp_path / "kinds.csv").set_index(["kind", "student", "method"])
+    ours, theirs = (table.loc[("Tanh", "near", name)] for name in ("crown", "lirpa-crown"))
+    assert ours["gap"] == pytest.approx(theirs["gap"], abs=1e-5) and ours["above"] > 0
+    assert (table["gap"].unstack()["joint"] <= table["gap"].unstack()["alpha-crown"] + 1e-12).all()
+    told = (tmp_path / "kinds.md").read_text()
+    assert (
+        told.count("| – | – |") == 2 and told.count("**+0.00 %, 0.0×**") == 2 and "conv, residual: ValueError" in told
+    )
 
 
 def test_random_checks_find_a_bound_that_is_too_low_and_no_other(monkeypatch, capsys):

@@ -327,3 +327,44 @@ def test_numbers_labels_and_images_of_other_forms_are_taken():
         assert torch.allclose(found.values, gap(TEACHER, STUDENT, x), rtol=0, atol=1e-12)
     for y in (Y.int(), Y.to(torch.uint8), Y.float(), Y.tolist(), Y.numpy()):
         assert torch.equal(evaluation.robust(TEACHER, X, y, 0.0).holds, TEACHER(X).argmax(1) == Y)
+
+
+class Confident(nn.Module):
+    """A network that returns its confidences, by a softmax of its own."""
+
+    def __init__(self, network, softmax):
+        super().__init__()
+        self.inner, self.softmax = network, softmax
+
+    def forward(self, x):
+        return self.softmax(self.inner(x))
+
+
+SOFTMAXES = [nn.Softmax(1), lambda z: z.softmax(-1), lambda z: nn.functional.softmax(z, 1), torch.nn.LogSoftmax(1)]
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES, ids=["layer", "method", "function", "log"])
+def test_a_last_softmax_is_taken_off_for_attacks_and_bounds_alike(softmax):
+    for name in ("teacher", "student"):
+        whole = Confident(TEACHER, softmax)
+        teacher, student = (whole, STUDENT) if name == "teacher" else (STUDENT, whole)
+        plain = [STUDENT if each is STUDENT else TEACHER for each in (teacher, student)]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("default")
+            lower = faithkd.empirical_lower_bound(teacher, student, X, 0.3, **QUICK)
+            again = faithkd.empirical_lower_bound(teacher, student, X, 0.3, **QUICK)
+            upper = faithkd.faithfulness_upper_bound(teacher, student, X, 0.3, method="joint")
+        told = [str(each.message) for each in said]
+        assert len(told) == (not isinstance(softmax, nn.LogSoftmax))  # once for all three
+        assert all(each.startswith(f"{name} ends in a softmax; it is taken off") for each in told)
+        expected = faithkd.empirical_lower_bound(*plain, X, 0.3, **QUICK)
+        assert torch.equal(lower.values, expected.values) and torch.equal(lower.values, again.values)
+        assert torch.allclose(lower.values, gap(TEACHER, STUDENT, lower.witnesses), rtol=0, atol=1e-12)
+        assert (lower.values <= upper.values).all() and lower.values.max() > 0.1
+
+
+def test_attacks_on_a_network_with_a_softmax_climb_its_logits():
+    whole = Confident(TEACHER, nn.Softmax(1))
+    with pytest.warns(UserWarning, match="network ends in a softmax"):
+        found = evaluation.hardest(whole, X, Y, 0.3)
+    assert torch.equal(found, evaluation.hardest(TEACHER, X, Y, 0.3))

@@ -65,10 +65,47 @@ def test_exported_networks_are_what_they_were_and_nothing_is_unpickled(folder, m
 
 def test_a_graph_with_lists_and_a_softmax(tmp_path):
     torch.export.save(torch.export.export(Parts(), (torch.zeros(1, 2, 2),)), tmp_path / "parts.pt2")
-    with pytest.warns(UserWarning, match="its last softmax is taken off"):
+    with pytest.warns(UserWarning, match="parts.pt2 ends in a softmax; it is taken off"):
         network = faithkd.load_pt2(tmp_path / "parts.pt2")
     x = torch.randn(3, 2, 2)
     torch.testing.assert_close(network(x).softmax(1), Parts()(x))
+
+
+class Tokens(nn.Module):
+    """What a graph for one image writes down as of one image: a class token, a view, a type, an assertion about it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.last = nn.Linear(16, 4), nn.Linear(12, 3)
+        self.token, self.place = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 3, 4))
+
+    def forward(self, x):
+        z = self.embed(x.to(torch.float32).flatten(2))
+        z = torch.cat([self.token.expand(x.shape[0], -1, -1), z], 1) + self.place
+        return self.last((z * torch.sigmoid(z)).view(x.shape[0], -1))
+
+
+class Normalised(nn.Module):
+    def forward(self, x):
+        return (x - 0.5) / 0.25
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_graph_for_some_images_is_for_any_number_also_inside_another_network(count, tmp_path):
+    torch.manual_seed(0)
+    whole, x = Tokens().eval(), torch.rand(5, 2, 4, 4)
+    torch.export.save(torch.export.export(whole, (x[:count],)), tmp_path / "tokens.pt2")
+    network, other = faithkd.load_pt2(tmp_path / "tokens.pt2"), nn.Sequential(nn.Flatten(), nn.Linear(32, 3))
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), whole(x))
+    for mine, true in ((network, whole), (nn.Sequential(Normalised(), network), nn.Sequential(Normalised(), whole))):
+        lower = faithkd.empirical_lower_bound(mine, other, x, 0.1, steps=5)
+        upper = faithkd.faithfulness_upper_bound(mine, other, x, 0.1)
+        at = [each(lower.witnesses).softmax(1).double() for each in (true, other)]
+        torch.testing.assert_close((at[0] - at[1]).abs().amax(1).detach(), lower.values, rtol=0, atol=1e-5)
+        assert (lower.values <= upper.values).all()
+    with pytest.raises(faithkd.FaithkdError, match=r"takes images of shape \(2, 4, 4\), not \(2, 4, 5\)"):
+        network(torch.rand(5, 2, 4, 5))
 
 
 class Mixing(nn.Module):
@@ -80,7 +117,7 @@ class Mixing(nn.Module):
 
 def test_a_graph_that_mixes_its_images_is_refused(tmp_path):
     torch.export.save(torch.export.export(Mixing(), (torch.zeros(2, 2, 2),)), tmp_path / "mixing.pt2")
-    with pytest.raises(faithkd.FaithkdError, match="it is for 2 images at once and mixes them"):
+    with pytest.raises(faithkd.FaithkdError, match="mixing.pt2.*mean mixes the images of a batch"):
         faithkd.load_pt2(tmp_path / "mixing.pt2")
 
 
@@ -126,7 +163,7 @@ def test_the_table_its_csv_and_the_witnesses(folder, call, tmp_path):
 def test_check_says_what_a_pair_is(folder, call):
     pair = [str(folder / f"{name}.pt2") for name in ("teacher", "student")]
     printed = call("bound", *pair, str(folder / "pixels.npy"), "--check")
-    assert "teacher: 145 weights, images (2, 4, 4), 3 classes" in printed and "Conv2d" in printed
+    assert "teacher: 141 weights, images (2, 4, 4), 3 classes" in printed and "Conv2d" in printed
     assert "they look like pixels from 0 to 255" in printed and "the networks agree on" in printed
     assert "from 0 to 1 (--clip 0 1)" in call("bound", *pair, str(folder / "images.npz"), "--check")
 

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds.graph import Network
-from faithkd.bounds.linear import STEPS, Dual, Slopes, crown, difference_pairs, pull, refine, row_differences
+from faithkd.bounds.linear import (
+    STEPS,
+    Dual,
+    Slopes,
+    crown,
+    difference_pairs,
+    pull,
+    refine,
+    row_differences,
+    with_choices,
+)
 from faithkd.bounds.operators import Box, Lines
 
 LATER = 2.0  # a split one ReLU layer further from the logits counts that much more: it tightens all layers behind
@@ -108,9 +118,9 @@ def root(network: Network, q: int, lower: Tensor, upper: Tensor, steps: int = ST
     highest, found = row_differences(network, lines, bounds, steps)
     classes, pairs = network.classes, difference_pairs(network.classes)
     row_slopes = {}
-    for k in network.splits:
-        line = lines[k]
-        part = line.below.unsqueeze(1).repeat(1, classes, classes, *[1] * (line.below.ndim - 2))
+    for k in with_choices(network, lines):
+        start = lines[k].start
+        part = start.unsqueeze(1).repeat(1, classes, classes, *[1] * (start.ndim - 2))
         if k in found:
             part[:, pairs[:, 0], pairs[:, 1]] = found[k]
         row_slopes[k] = part

@@ -74,11 +74,32 @@ class Network:
         return self.values(z)[-1]
 
 
+class Operators(nn.Module):
+    """A network that is read already, as those of files are: images `(N, *shape)` to logits `(N, C)`, for any N."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def shape(self) -> Shape:
+        """Of one image."""
+        return self.network.shapes[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In the precision of the images, and where they are."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise FaithkdError(f"it takes images of shape {self.shape}, not {tuple(x.shape[1:])}")
+        return self.network.to(x.dtype, x.device)(x)
+
+
 def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
     """The operators of `network` for images of `shape`, in float64 on the default device; the original is left alone.
 
     Raises FaithkdError, with the layer's position, for anything that cannot be bounded.
     """
+    if type(network) is Operators and network.shape == tuple(shape) and not network._forward_hooks:
+        return network.network.to(device=torch.get_default_device())
     arguments.network(as_module(network)[0], name)
     with torch.device("cpu"):
         nodes, shapes = read(network, shape, name)

@@ -10,8 +10,8 @@ weights w in the simplex over j != i with entropy H(w), any reference class r !=
 
 where chord_j is above exp on a certified range of z_j - z_r in L, and [a, b] holds m. Together: one linear form in the
 logits of both networks, carried back through both, added on x and maximised over the ball once. All of w, s, k, k', the
-slopes below unsettled ReLUs and the multipliers of constraints are free: they are found by descent, and every value is
-valid. With k = k' = 0 this is eq. (11), in which the two networks may see different images.
+slopes below unsettled ReLUs, the lines of curves and the multipliers of constraints are free: found by descent, and
+every value is valid. With k = k' = 0 this is eq. (11), in which the two networks may see different images.
 """
 
 import math
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from faithkd.bounds.descent import Range, minimise
 from faithkd.bounds.domains import ROUNDING, Domain, Root, Table, ball_of, lines_of, mapped
 from faithkd.bounds.graph import Network
-from faithkd.bounds.linear import Dual, Slopes, over_ball, pull
+from faithkd.bounds.linear import Dual, Slopes, over_ball, pull, with_choices
 from faithkd.bounds.operators import Box, Lines
 
 RANGES = {  # of all that is free
@@ -241,8 +241,11 @@ def all_rows(roots: tuple[Root, Root], logits: tuple[Tensor, Tensor]) -> Row:
     images, classes = logits[0].shape
     image, order, label = torch.cartesian_prod(*(torch.arange(size) for size in (images, 2, classes))).unbind(1)
     nothing = torch.zeros(len(image), dtype=torch.float64)
-    slopes = {root.q: {k: root.lines[k].below[image, 0].float() for k in root.network.splits} for root in roots}
-    push = mapped(torch.zeros_like, slopes)
+    slopes = {
+        root.q: {k: root.lines[k].start[image, 0].float() for k in with_choices(root.network, root.lines)}
+        for root in roots
+    }
+    push = {root.q: {k: torch.zeros_like(slopes[root.q][k]) for k in root.network.splits} for root in roots}
     rows = Row(image, order, label, label, *[nothing] * 7, slopes, push)
     at_upper, at_lower = rows.sorted(*(part[image] for part in logits))
     ref = at_lower.masked_fill(F.one_hot(label, classes).bool(), -math.inf).argmax(1)

@@ -4,7 +4,7 @@ tests/laws.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from faithkd.bounds.operators import (
     Box,
     Elementwise,
     Lines,
+    MaxPool2d,
     Operator,
     finite,
     gamma,
@@ -43,6 +44,49 @@ class AvgPool2d(Affine):
 
     def product(self, z, weight, bias):
         return F.avg_pool2d(z, *vars_of(self))
+
+
+@dataclass(eq=False)
+class ConvTranspose2d(Affine):
+    """What carries rows back through a convolution, as a layer of its own."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int | tuple = 1
+    padding: int | tuple = 0
+    output_padding: int | tuple = 0
+    groups: int = 1
+    dilation: int | tuple = 1
+
+    def __post_init__(self) -> None:
+        self.terms, self.products = self.weight[:, 0].numel(), self.weight.numel()
+
+    def product(self, z, weight, bias):
+        return F.conv_transpose2d(z, weight, bias, *vars_of(self)[2:])
+
+    def back(self, rows, shape):
+        made = F.conv2d(rows, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        return made[:, :, : shape[1], : shape[2]]  # more where the padding of its output is as wide as a stride
+
+
+class AdaptiveMaxPool2d(MaxPool2d):
+    """The largest number of every window, of as many and as large ones as make an output of this `size`."""
+
+    def __init__(self, size: int | tuple) -> None:
+        self.size = pair(size)
+
+    def __call__(self, z):
+        return F.adaptive_max_pool2d(z, self.size)
+
+    def windows(self, shape):
+        spans = []
+        for before, after in zip(shape[1:], self.size, strict=True):
+            number = torch.arange(after)
+            first, past = number * before // after, -(-(number + 1) * before // after)
+            places = first + torch.arange(int((past - first).amax())).unsqueeze(1)
+            spans.append(places.where(places < past, -1))
+        down, across = spans[0][:, None, :, None], spans[1][None, :, None, :]
+        return (down * shape[2] + across).where((down >= 0) & (across >= 0), -1).flatten(2).flatten(0, 1)
 
 
 @dataclass(eq=False)
@@ -141,6 +185,8 @@ class Smooth(Elementwise):
     On a concave one, halving finds t < t' with g growing at t and falling at t'. Up to t then g(z) <= g(t), from t' on
     g(z) <= g(t'), and between them g lies below its tangent at t, g(t) + g'(t) (t' - t). For the line below take -f.
     The slope is that of the hull of f, at some points, over the middle of the box: the least area between line and f.
+    A descent also chooses among lines on both sides of that one, from the hull's left end to its right end, and all
+    that lie between two neighbours: where two lines hold, each mixture of them does.
     """
 
     function: Callable[[Tensor], Tensor]
@@ -148,8 +194,9 @@ class Smooth(Elementwise):
     convex: bool = True
     off: float = 0.0
     ULPS = 2.0**-48  # what torch's values and slopes may be off by, many times over, of all numbers that take part
-    HALVINGS = 20  # squared in the error: 10^-12 times the box's squared width
+    HALVINGS, FEWER = 20, 8  # squared in the error: 10^-12 times the box's squared width, 10^-5 for `many` lines
     POINTS = 17
+    SIDE = 12  # lines to choose from on each side of the first
 
     def __call__(self, z):
         return self.function(z)
@@ -160,7 +207,7 @@ class Smooth(Elementwise):
             z = z.detach().requires_grad_()
             return torch.autograd.grad(self(z).sum(), z)[0]
 
-    def most(self, slope: Tensor, box: Box, sign: int) -> Tensor:
+    def most(self, slope: Tensor, box: Box, sign: int, halvings: int = HALVINGS) -> Tensor:
         """Never below the largest sign (f(z) - slope z) in the box, but for rounding."""
 
         def g(z: Tensor) -> Tensor:
@@ -171,7 +218,7 @@ class Smooth(Elementwise):
         for number, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
             if ((number % 2 == 0) == self.convex) == (sign > 0):
                 continue  # sign f is convex here
-            for _ in range(self.HALVINGS):
+            for _ in range(halvings):
                 middle = (a + b) / 2
                 grows = sign * (self.slope(middle) - slope) > 0
                 a, b = torch.where(grows, middle, a), torch.where(grows, b, middle)
@@ -196,6 +243,10 @@ class Smooth(Elementwise):
         # of a narrow box rounding is all that differences say
         return sign * torch.where(width < 1e-6, tangent, found) / width.clamp(min=1e-300)
 
+    def noise(self, box: Box, steep: Tensor) -> Tensor:
+        """Of rows on lines of this steepness."""
+        return (2 * gamma(math.prod(box[0].shape[1:])) + self.ULPS) * self.size(box, steep) + self.off
+
     def size(self, box: Box, steep: Tensor | float) -> Tensor:
         """Of the numbers that a line's constant is computed from."""
         return 1 + sum(self(end).abs() for end in box) + (1 + steep) * largest(*box)
@@ -208,8 +259,48 @@ class Smooth(Elementwise):
     def relax(self, box):
         below, above = (self.steepness(box, sign) for sign in (-1, 1))
         low, high = -self.most(below, box, -1), self.most(above, box, 1)
-        noise = (2 * gamma(math.prod(low.shape[1:])) + self.ULPS) * self.size(box, below.abs() + above.abs()) + self.off
+        noise = self.noise(box, below.abs() + above.abs())
         return Lines(*(part.unsqueeze(1) for part in (noise, high + noise, above, below)), None, low.unsqueeze(1))
+
+    def freed(self, lines, box):
+        (lower, upper), tables = box, []
+        share = torch.linspace(0, 1, self.SIDE + 1).to(lower).view(-1, *[1] * lower.ndim)
+        edges = torch.linspace(0, 1, self.POINTS).to(lower).view(-1, *[1] * lower.ndim)
+        values = self(lower + edges * (upper - lower))
+        width = (upper - lower).clamp(min=1e-300)
+        from_left = (values[1:] - values[0]) / (edges[1:] * width)
+        from_right = (values[-1] - values[:-1]) / ((1 - edges[:-1]) * width)
+        ends = self.slope(lower), self.slope(upper)
+        for sign, middle in ((-1, lines.below[:, 0]), (1, lines.above[:, 0])):
+            # the hull's steepest line at the left end, above, and its flattest one at the right end
+            left = sign * torch.maximum((sign * from_left).amax(0), sign * ends[0])
+            right = sign * torch.minimum((sign * from_right).amin(0), sign * ends[1])
+            steep = torch.cat([left + share * (middle - left), middle + share[1:] * (right - middle)])
+            steep = torch.where(width < 1e-6, middle, steep)
+            constants = sign * self.most(steep, tuple(end.expand_as(steep) for end in box), sign, self.FEWER)
+            constants[self.SIDE] = (lines.low if sign < 0 else lines.high - lines.noise)[:, 0]
+            tables.append(torch.stack([steep, constants]).movedim(2, 0))
+        many = torch.stack(tables, 1)
+        noise = self.noise(box, many[:, :, 0].abs().amax((1, 2)))
+        many[:, 0, 1] -= noise.unsqueeze(1)
+        many[:, 1, 1] += noise.unsqueeze(1)
+        free = (many[:, :, 0].amax(2) > many[:, :, 0].amin(2)).any(1)
+        return replace(lines, free=free.unsqueeze(1), many=many)
+
+    def transpose(self, rows, lines, slopes, shape):
+        """Each entry takes one mixture of two neighbouring lines, of those above where it is positive, else below."""
+        if slopes is None or lines.many is None:
+            return super().transpose(rows, lines, None, shape)
+        count = lines.many.shape[3]
+        place = self.allowed(slopes, lines) * (count - 1)
+        first = place.detach().long().clamp(max=count - 2)
+        share = place - first
+        first = first + count * (rows > 0)
+        tables = lines.many.transpose(1, 2).flatten(2, 3).expand(-1, -1, -1, *rows.shape[2:])
+        slope, constant = (
+            torch.lerp(*(table.gather(1, first + step) for step in (0, 1)), share) for table in tables.unbind(1)
+        )
+        return [rows * slope], (rows * constant).flatten(2).sum(2)
 
 
 def elu(z: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
@@ -241,6 +332,8 @@ CURVES = {  # by torch's name: what takes the rest of its arguments
     "silu": lambda: Smooth(F.silu, (-2.39935728051546766, 2.39935728051546766), convex=False),
     "mish": lambda: Smooth(F.mish, (-2.25637639636079312, 1.49057117948542846), convex=False),
     "gelu": gelu_of,
+    "hardswish": lambda: Smooth(F.hardswish, (-3.0, 3.0), convex=False),  # straight behind its kinks
+    "log_sigmoid_forward": lambda: Smooth(F.logsigmoid, convex=False),
     "elu": elu_of,
     "celu": lambda alpha=1.0: elu_of(alpha, 1.0, 1 / alpha),
     "softplus": softplus_of,

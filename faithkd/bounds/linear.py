@@ -22,6 +22,7 @@ BUDGET = 2**20  # numbers in the largest tensor of one pass (8 MB): what fits in
 LARGE = 512  # places before ReLU: past it, one pass without descent (convolutions)
 STEPS = 10  # of gradient descent on the slopes; on the paper's networks more gain less than 0.1 % of the bound
 RATE, FALL = 0.6, 0.8  # its first step, falling each time; slopes lie in [0, 1]
+CURVED_RATE, LONGER = 0.15, 2  # of a curve's lines, which begin in the middle and take that many times the steps
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,16 @@ def descend(
     free = [k for k in network.before(at) if lines[k].free is not None and lines[k].free.any()] if steps else []
     if not free:
         return backward(network, lines, box, rows, at, slopes), slopes or {}
-    start = {k: lines[k].below for k in free} | (slopes or {})
+    start = {k: lines[k].start for k in free} | (slopes or {})
     now = {k: part.float().expand(*rows.shape[:2], *part.shape[2:]).clone() for k, part in start.items()}
     rough = network.single, [line.rough() for line in lines], tuple(end.float() for end in box), rows.float(), at
 
     def value_of(slopes: Slopes) -> Tensor:
         return backward(*rough, slopes)
 
-    kept = minimise(value_of, now, steps, {k: Range(RATE, 0, 1) for k in now}, FALL)
+    ranges = {k: Range(RATE if lines[k].many is None else CURVED_RATE, 0, 1) for k in now}
+    longer = LONGER if any(lines[k].many is not None for k in now) else 1
+    kept = minimise(value_of, now, longer * steps, ranges, FALL ** (1 / longer))
     kept = {k: part.double() for k, part in kept.items()}
     return backward(network, lines, box, rows, at, kept), kept
 
@@ -155,6 +158,8 @@ def crown(
             bounds[place], slopes[k] = refine(network, lines, bounds[0], bounds[place], k, steps)
         boxes = [bounds[place] for place in node.inputs]
         lines.append(operator.relax(*boxes))
+        if steps:
+            lines[k] = operator.freed(lines[k], *boxes)
         bounds.append(operator.interval(*boxes))
         depth.append(max(depth[place] for place in node.inputs) + operator.mixes)
     return bounds, lines, slopes
@@ -175,8 +180,8 @@ def refine(
     places = open_.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
     steps = steps if most <= LARGE else 0
     kept, units = {}, math.prod(shape)
-    for j in set(network.splits).intersection(network.before(place)) if steps else ():
-        kept[j] = lines[j].below.unsqueeze(1).repeat(1, 2, units, *[1] * (lines[j].below.ndim - 2))
+    for j in with_choices(network, lines).intersection(network.before(place)) if steps else ():
+        kept[j] = lines[j].start.unsqueeze(1).repeat(1, 2, units, *[1] * (lines[j].start.ndim - 2))
     for here in chunks(network, places):
         unit = lower.new_zeros(*here.shape, units).scatter_(2, here.unsqueeze(2), 1.0)
         rows = torch.cat([unit, -unit], 1).unflatten(2, shape)
@@ -193,6 +198,11 @@ def refine(
                 index = here.view(*here.shape, *[1] * (part.ndim - 2)).expand_as(part)
                 kept[j][:, side].scatter_(1, index, part)
     return (lower.view_as(box[0]), upper.view_as(box[1])), kept
+
+
+def with_choices(network: Network, lines: list[Lines]) -> set[int]:
+    """The nodes whose choices are kept for later: ReLUs and curves, not the many weights of max-pools."""
+    return {k for k, line in enumerate(lines) if k in network.splits or line.many is not None}
 
 
 def at_units(values: Tensor, here: Tensor) -> Tensor:

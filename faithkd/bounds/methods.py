@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -100,6 +100,12 @@ class Choices:
     jobs: int | None = None
     progress: bool = False
 
+    @staticmethod
+    def of(keywords: dict) -> "Choices":
+        """From a caller's keywords: raises FaithkdError for one that is misspelt, too."""
+        arguments.keywords(keywords, [part.name for part in fields(Choices)] + ["clip", "device"])
+        return Choices(**keywords)
+
     def __post_init__(self) -> None:
         arguments.choice("method", self.method, METHODS)
         arguments.choice("solver", self.solver, ("highs", "gurobi", "auto"))
@@ -166,7 +172,7 @@ def faithfulness_upper_bounds(
 
     Arguments and errors as there; a `budget` is for each student.
     """
-    choices, balls = Choices(**choices), Balls.around(x, eps, clip)
+    choices, balls = Choices.of(choices), Balls.around(x, eps, clip)
     shape = tuple(balls.x.shape[1:])
     networks = [prepare(teacher, shape, "teacher"), *(prepare(student, shape, "student") for student in students)]
     for network in networks:
@@ -380,7 +386,7 @@ def difference_bounds(network: nn.Module, x: Tensor, eps: float, *, clip: tuple 
     Minima follow by antisymmetry: min (z_j - z_i) = -result[n, j, i]. +inf where nothing could be certified.
     Arguments and errors as in `faithfulness_upper_bound`; methods up to "milp", which look at one network.
     """
-    choices, balls = Choices(**choices), Balls.around(x, eps, clip)
+    choices, balls = Choices.of(choices), Balls.around(x, eps, clip)
     arguments.choice("method", choices.method, [name for name in METHODS if "joint" not in LADDER[name]])
     prepared = prepare(network, tuple(balls.x.shape[1:]))
     found = torch.zeros(len(balls), prepared.classes, prepared.classes, dtype=torch.float64)

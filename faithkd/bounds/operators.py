@@ -61,7 +61,9 @@ class Lines:
 
     `noise` covers the rounding of either, per output, and is in `high` already; no `low` means 0. All start `(N, 1,
     ...)`, to be used for every row. A slope below may be replaced by any in [0, 1] where `free`; of a max-pool, slopes
-    are weights over the window, `(N, 1, channels, window, outputs)`. An affine operator is its own line: `noise` only.
+    are weights over the window, `(N, 1, channels, window, outputs)`. Of a curve it is a place in [0, 1] among `many`
+    lines, `(N, 2, 2, K, *shape)`: of K below and of K above slopes and constants, with the lines above in the middle.
+    An affine operator is its own line: `noise` only.
     """
 
     noise: Tensor | None = None
@@ -70,16 +72,22 @@ class Lines:
     below: Tensor | None = None
     free: Tensor | None = None
     low: Tensor | None = None
+    many: Tensor | None = None
+
+    @property
+    def start(self) -> Tensor:
+        """Where a descent over what is free begins: these lines."""
+        return self.below if self.many is None else torch.full_like(self.below, 0.5)
 
     def __getitem__(self, index: Tensor) -> "Lines":
         return Lines(*(None if part is None else part[index] for part in vars(self).values()))
 
     def rough(self) -> "Lines":
         """The same in float32 and without noise: for looking around, never for a bound."""
-        high, above, below, low = (
-            None if part is None else part.float() for part in (self.high, self.above, self.below, self.low)
+        high, above, below, low, many = (
+            None if part is None else part.float() for part in (self.high, self.above, self.below, self.low, self.many)
         )
-        return Lines(None, high, above, below, self.free, low)
+        return Lines(None, high, above, below, self.free, low, many)
 
     def constant(self, positive: Tensor, negative: Tensor) -> Tensor:
         """What the lines add to rows with these positive and negative parts: `(N, R)`."""
@@ -107,6 +115,10 @@ class Operator:
     def relax(self, *boxes: Box) -> Lines:
         """Lines that hold on boxes of the inputs."""
         raise NotImplementedError
+
+    def freed(self, lines: Lines, *boxes: Box) -> Lines:
+        """The lines of `relax` with whatever else can be chosen freely: for a descent, which takes longer anyhow."""
+        return lines
 
     def transpose(self, rows: Tensor, lines: Lines, slopes: Tensor | None, *shapes: Shape):
         """Rows `(N, R, *out)` on the output as a row on each input of `shapes`, and a constant `(N, R)`.
@@ -264,11 +276,11 @@ class Elementwise(Operator):
 
     @staticmethod
     def allowed(slopes: Tensor, lines: Lines) -> Tensor:
-        """Slopes below: the given ones in [0, 1] where a unit is free, elsewhere the line's own."""
+        """What was chosen, in [0, 1], where a unit is free; elsewhere the line's own."""
         if lines.free is None:
-            return lines.below
+            return lines.start
         # not clamp(), whose gradient vanishes at 0 and 1, where every descent begins
-        return torch.where(lines.free & (slopes >= 0) & (slopes <= 1), slopes, lines.below)
+        return torch.where(lines.free & (slopes >= 0) & (slopes <= 1), slopes, lines.start)
 
 
 class ReLU(Elementwise):

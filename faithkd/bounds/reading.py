@@ -18,14 +18,15 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import faithkd
-from faithkd.bounds.layers import CURVES, Add, AvgPool2d, Pick, Scale, Sums
+from faithkd.bounds.layers import CURVES, AdaptiveMaxPool2d, Add, AvgPool2d, ConvTranspose2d, Pick, Scale, Sums
 from faithkd.bounds.operators import Conv2d, Linear, MaxPool2d, Operator, ReLU, Shape, View, pair
 from faithkd.errors import FaithkdError
-from faithkd.frozen import Precision, own_settings
+from faithkd.frozen import Logits, Precision, own_settings
 
 LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, faithkd.__file__))  # not the caller's own code
 
@@ -156,6 +157,11 @@ def add(builder: Builder, after: Shape | None, first, second, alpha=1) -> Place:
 
 
 def multiply(builder: Builder, after: Shape | None, first, second) -> Place:
+    for z, gate in ((first, second), (second, first)):
+        if isinstance(z, Place) and isinstance(gate, Place) and gate:
+            operator, inputs = builder.nodes[gate - 1]
+            if inputs == (z,) and getattr(operator, "function", None) is torch.sigmoid:
+                return builder.add(CURVES["silu"](), z)  # as many write it
     z, weight = (first, second) if isinstance(first, Place) else (second, first)
     return builder.scale(expanded(builder, after, z), weight)
 
@@ -167,30 +173,31 @@ def divide(builder: Builder, after: Shape | None, first, second) -> Place:
 
 
 def matmul(builder: Builder, after: Shape | None, z, weight, bias=None) -> Place:
+    if isinstance(weight, Tensor) and weight.ndim == 3 and (weight == weight[:1]).all():
+        weight = weight[0]  # the same for all images, as bmm has it
     if not isinstance(z, Place) or isinstance(weight, Place) or weight.ndim != 2:
         raise FaithkdError("only a matrix of numbers can be multiplied by, from the right")
     return builder.add(Linear(weight.T, bias), z)
 
 
-def convolution(
-    builder, after, z: Place, weight, bias=None, stride=1, padding=0, dilation=1, transposed=False, output=0, groups=1
-) -> Place:
-    if transposed or weight.ndim not in (3, 4):
-        raise FaithkdError("of convolutions only those over one or two dimensions can be bounded, not transposed ones")
-    if weight.ndim == 4:
-        return builder.add(Conv2d(weight, bias, stride, padding, dilation, groups), z)
-    stride, padding, dilation = (
-        part if isinstance(part, str) else (number, pair(part)[0])
-        for number, part in ((1, stride), (0, padding), (1, dilation))
-    )
-    channels, length = builder.shapes[z]
-    flat = builder.add(View((channels, 1, length)), z)
-    made = builder.add(Conv2d(weight.unsqueeze(2), bias, stride, padding, dilation, groups), flat)
-    return builder.add(View((len(weight), builder.shapes[made][2])), made)
+def convolution(builder: Builder, after: Shape, z: Place, weight, bias, *settings) -> Place:
+    """`settings`: stride, padding, dilation, whether it is transposed, padding of the output, groups."""
+    flat, (stride, padding, dilation, transposed, output, groups) = weight.ndim == 3, settings
+    if weight.ndim not in (3, 4):
+        raise FaithkdError("of convolutions only those over one or two dimensions can be bounded")
+    if flat:  # one row
+        weight, z = weight.unsqueeze(2), builder.add(View((builder.shapes[z][0], 1, builder.shapes[z][1])), z)
+        stride, padding, dilation, output = (1, *stride), (0, *padding), (1, *dilation), (0, *output)
+    if transposed:
+        made = builder.add(ConvTranspose2d(weight, bias, stride, padding, output, groups, dilation), z)
+    else:
+        made = builder.add(Conv2d(weight, bias, stride, padding, dilation, groups), z)
+    return builder.add(View((builder.shapes[made][0], builder.shapes[made][2])), made) if flat else made
 
 
-def batch_norm(builder, after, z: Place, weight, bias, mean, variance, training, momentum, eps, *_) -> Place:
+def batch_norm(builder: Builder, after: Shape, z: Place, weight, bias, mean, variance, *settings) -> Place:
     """weight (z - mean) / sqrt(variance + eps) + bias as one product and sum; `Scale` has room for its rounding."""
+    training, _, eps, *_ = settings
     if training or mean is None:
         raise FaithkdError("batch normalisation needs its running statistics")
     weight = torch.ones_like(mean) if weight is None else weight
@@ -231,7 +238,7 @@ def adaptive_avg_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place
 def adaptive_max_pool2d(builder: Builder, after: Shape, z: Place, size) -> Place:
     before = builder.shapes[z][1:]
     if any(here % there for here, there in zip(before, pair(size), strict=True)):
-        raise FaithkdError(f"adaptive max-pooling from {before} to {pair(size)} has windows of unequal size")
+        return builder.add(AdaptiveMaxPool2d(size), z)
     return builder.add(MaxPool2d(tuple(here // there for here, there in zip(before, pair(size), strict=True))), z)
 
 
@@ -244,11 +251,11 @@ MOVES = (
 VIEWS = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 OPERATIONS = {  # torch's operations by name
     "linear": partial(simple, Linear),
-    **dict.fromkeys(("matmul", "mm"), matmul),
+    **dict.fromkeys(("matmul", "mm", "bmm"), matmul),
     "addmm": lambda builder, after, bias, z, weight: matmul(builder, after, z, weight, bias),
-    **dict.fromkeys(("conv1d", "conv2d"), lambda *given: convolution(*given[:8], groups=(*given[8:], 1)[0])),
     "convolution": convolution,
-    **dict.fromkeys(("batch_norm", "native_batch_norm"), batch_norm),
+    "native_batch_norm": batch_norm,
+    "_native_batch_norm_legit_no_training": lambda *given: batch_norm(*given[:-2], False, *given[-2:]),
     "avg_pool2d": partial(simple, AvgPool2d),
     **dict.fromkeys(("max_pool2d", "max_pool2d_with_indices"), partial(simple, MaxPool2d)),
     **dict.fromkeys(("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), adaptive_avg_pool2d),
@@ -256,12 +263,13 @@ OPERATIONS = {  # torch's operations by name
     "mean": partial(mean, torch.mean),
     "sum": partial(mean, torch.sum),
     "relu": partial(simple, ReLU),
-    **dict.fromkeys(("leaky_relu", "prelu", "_prelu_kernel"), leaky_relu),
+    **dict.fromkeys(("leaky_relu", "_prelu_kernel"), leaky_relu),
     "clamp": clamp,
     "clamp_min": clamp,
     "clamp_max": lambda builder, after, z, high: clamp(builder, after, z, None, high),
     "hardtanh": lambda builder, after, z, low=-1, high=1: clamp(builder, after, z, low, high),
     "relu6": lambda builder, after, z: clamp(builder, after, z, 0, 6),
+    "hardsigmoid": lambda builder, after, z: builder.scale(clamp(builder, after, z, -3, 3), 1 / 6, 0.5),
     **{name: partial(simple, curve) for name, curve in CURVES.items()},
     "add": add,
     "sub": lambda builder, after, first, second, alpha=1: add(builder, after, first, second, -alpha),
@@ -274,7 +282,21 @@ OPERATIONS = {  # torch's operations by name
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "_to_copy", "lift_fresh"), same),
 }
 SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
-LAST = {"softmax", "_softmax", "log_softmax", "_log_softmax"}
+
+
+class Circular(TorchFunctionMode):
+    """Circular padding by parts of the image set beside each other: torch itself fills an empty tensor in place."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        named = dict(zip(("input", "pad", "mode"), arguments, strict=False)) | (options or {})
+        if function not in (nn.functional.pad, torch._C._nn.pad) or named.get("mode") != "circular":
+            return function(*arguments, **(options or {}))
+        image, ends = named["input"], list(named["pad"])
+        for dim in range(len(ends) // 2):
+            before, after = ends[2 * dim : 2 * dim + 2]
+            size = image.shape[-1 - dim]
+            image = image.index_select(-1 - dim, torch.arange(-before, size + after).remainder(size))
+        return image
 
 
 class Recorder(TorchDispatchMode):
@@ -285,7 +307,6 @@ class Recorder(TorchDispatchMode):
         self.builder, self.position = builder, position
         # by id: the tensor, so that no other one gets its id, and its place, or the error of whoever needs it
         self.known: dict[int, tuple[Tensor, Place | FaithkdError]] = {id(image): (image, Place(0))}
-        self.softmaxes: dict[int, tuple[str, Place]] = {}  # what is a softmax of a place, by id
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -318,8 +339,6 @@ class Recorder(TorchDispatchMode):
     def places(self, name: str, arguments: tuple, options: dict, made, given: list[Tensor]) -> list[Place]:
         """The places of an operation's outputs."""
         arguments, options = tree_map(lambda part: self.known.get(id(part), (0, part))[1], (arguments, options))
-        if name in LAST and given[0].ndim == 2 and arguments[1] in (1, -1):
-            self.softmaxes[id(made)] = name, arguments[0]
         if isinstance(made, list):
             return self.builder.apply(name, None, *arguments, **options)
         first, batch = made if isinstance(made, Tensor) else made[0], self.builder.batch
@@ -350,37 +369,38 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
     """
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         raise FaithkdError(f"{name}: a forward hook on all modules is registered; remove it before asking for a bound")
-    network, batch = as_module(network)
-    network, builder = in_float64(network, {}, name), Builder(shape, batch)
+    given, batch = as_module(network)
+    own, builder = in_float64(given, {}, name), Builder(shape, batch)
+    network = Logits(own)
     images = torch.zeros(batch, *shape, dtype=torch.float64)
-    paths = {id(module): path for path, module in network.named_modules()}
+    paths = {id(module): path for path, module in own.named_modules()}
 
-    def here() -> str:
-        return position((frame for frame, _ in traceback.walk_stack(sys._getframe())), paths, name)
+    def where(frames: Iterable[FrameType]) -> str:
+        """Networks of files say it themselves."""
+        return f"{name}, {own.where}" if getattr(own, "where", "") else position(frames, paths, name)
 
-    recorder = Recorder(builder, images, here)
+    recorder = Recorder(builder, images, lambda: where(frame for frame, _ in traceback.walk_stack(sys._getframe())))
     # torch's own warnings are about parts of it that this network happens to use
     with own_settings(), torch.no_grad(), Precision(torch.float64), warnings.catch_warnings(action="ignore"):
         try:
-            with recorder:
+            with recorder, Circular():
                 logits = network(images)
         except FaithkdError:
             raise
         except Exception as problem:  # whatever the network's own code raises
             frames = [frame for frame, _ in traceback.walk_tb(problem.__traceback__)]
-            where, text = position(frames[::-1], paths, name), str(problem).strip().partition("\n")[0]
-            hint = " (is nn.Flatten() missing before it?)" if where.endswith("(Linear)") else ""
+            place, text = where(frames[::-1]), str(problem).strip().partition("\n")[0]
+            hint = " (is nn.Flatten() missing before it?)" if place.endswith("(Linear)") else ""
             raise FaithkdError(
-                f"{where}{hint} does not fit images of shape {shape}, or cannot be traced: {text}"
+                f"{place}{hint} does not fit images of shape {shape}, or cannot be traced: {text}"
             ) from problem
-        softmax, last = recorder.softmaxes.get(id(logits), ("", recorder.known.get(id(logits), (None, None))[1]))
+        last = recorder.known.get(id(logits), (None, None))[1]
         if isinstance(last, FaithkdError):
             raise last
         if last is None:
             raise FaithkdError(f"{name} does not return one tensor of logits that depend on the image")
-        compare(builder, last, network, name, softmax.strip("_"))
-    if softmax and "log" not in softmax:  # which the softmax of its logarithm gives back
-        warnings.warn(f"{name} ends in a softmax; it is taken off, bounds take the softmax of logits", stacklevel=4)
+        compare(builder, last, network, name)
+    network.tell(name, given)
     return builder.nodes[:last], builder.shapes[: last + 1]
 
 
@@ -388,7 +408,7 @@ def as_module(network) -> tuple[nn.Module, int]:
     """A network as a module, and how many images it takes at once: an exported program may have a fixed number."""
     network = getattr(network, "_orig_mod", network)  # of what torch.compile makes
     if type(network).__name__ != "ExportedProgram":  # its class is in a part of torch that takes seconds to import
-        return network, 2
+        return network, getattr(network, "batch", 2)
     inputs = network.graph_signature.user_inputs
     sizes = [node.meta["val"].shape[0] for node in network.graph.nodes if node.name in inputs]
     return network.module(), sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else 2
@@ -432,7 +452,7 @@ def position(frames: Iterable[FrameType], paths: dict[int, str], name: str) -> s
     return f"{name}{layer or ''}{line or ''}"
 
 
-def compare(builder: Builder, last: Place, network: nn.Module, name: str, softmax: str) -> None:
+def compare(builder: Builder, last: Place, network: nn.Module, name: str) -> None:
     """Refuse operators that compute something else than their module, as where values depend on more than the image."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(builder.batch, *builder.shapes[0], dtype=torch.float64, generator=generator) * 2 - 1
@@ -441,7 +461,7 @@ def compare(builder: Builder, last: Place, network: nn.Module, name: str, softma
     expected = network(image.clone())
     for operator, inputs in builder.nodes[:last]:
         values.append(operator(*(values[place] for place in inputs)))
-    found = getattr(torch, softmax)(values[-1], 1) if softmax else values[-1]
+    found = values[-1]
     beyond = ~found.isfinite() & ~expected.isfinite()  # where weights are so large, no order of sums is right
     if not (torch.isclose(found, expected, rtol=1e-9, atol=1e-9) | beyond).all():
         raise FaithkdError(

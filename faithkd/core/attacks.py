@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from faithkd import arguments
 from faithkd.blocks import fastest
 from faithkd.core.losses import difference
-from faithkd.frozen import frozen, own_settings
+from faithkd.frozen import Logits, frozen, own_settings
 
 CHUNK = 500  # images attacked at once: large enough for fast matrix products, small enough for the cache
 Clip = tuple[Tensor | float, Tensor | float]
@@ -170,15 +170,19 @@ class Balls:
         for name, network in networks.items():
             arguments.network(network, name)
         found = (x.dtype, *(weight.dtype for network in networks.values() for weight in network.parameters()))
-        self.rough = frozen(networks, torch.float64 if torch.float64 in found else torch.float32, x)
-        self.exact = frozen(networks, torch.float64, x)
-        self.x = x.to(self.rough.dtype)
+        tried = frozen({name: Logits(network) for name, network in networks.items()}, torch.float64, x)
         some = x[:CHUNK] if len(x) else x.new_zeros(1, *x.shape[1:])
         with torch.no_grad():
-            logits = zip(networks, self.exact(some.double()), strict=True)
+            logits = zip(networks, tried(some.double()), strict=True)
         counts = [arguments.class_count(each, some, name) for name, each in logits]
         arguments.same_classes(counts[0], counts[-1])
         self.count = counts[0]
+        for each, (name, network) in zip(tried.networks, list(networks.items()), strict=True):
+            each.tell(name, network)
+            networks[name] = Logits(network) if each.softmax else network
+        self.rough = frozen(networks, torch.float64 if torch.float64 in found else torch.float32, x)
+        self.exact = frozen(networks, torch.float64, x)
+        self.x = x.to(self.rough.dtype)
 
     def labels(self, y) -> Tensor:
         """The labels of the images, checked."""

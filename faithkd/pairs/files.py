@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from faithkd import arguments
-from faithkd.bounds.graph import prepare
+from faithkd.bounds.graph import Operators
 from faithkd.errors import FaithkdError
 from faithkd.pairs.onnx import load_onnx
-from faithkd.pairs.program import Program
+from faithkd.pairs.problems import about
 from faithkd.pairs.pt2 import load_pt2
 
 LOADERS = {".onnx": load_onnx, ".pt2": load_pt2}
 PICKLED = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".tar")
 
 
-def load_network(path: str | Path) -> Program:
+def load_network(path: str | Path) -> Operators:
     """A network from a file: .onnx, or .pt2 as torch.export.save writes it. Raises FaithkdError for all others."""
     suffix = Path(path).suffix.lower()
     if suffix in LOADERS:
@@ -33,25 +33,17 @@ def load_network(path: str | Path) -> Program:
 
 def load_images(path: str | Path) -> Tensor:
     """Images `(N, *shape)` from a .npy file, or from a .npz file: its array `x` or `images`, or its only one."""
-    try:
+    with about(path, "no images can be read from it, only from .npy and .npz files"):
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
             names = [name for name in ("x", "images") if name in found.files] or found.files
             if len(names) != 1:
-                raise FaithkdError(f"{path}: it holds {', '.join(names) or 'nothing'}; name the images x")
+                raise FaithkdError(f"it holds {', '.join(names) or 'nothing'}; name the images x")
             found = found[names[0]]
-        return torch.from_numpy(found)
-    except FileNotFoundError:
-        raise FaithkdError(f"{path}: there is no such file") from None
-    except FaithkdError:
-        raise
-    except Exception as problem:  # numpy, zipfile and zlib each have their own
-        raise FaithkdError(
-            f"{path}: no images can be read from it, only from .npy and .npz files ({problem})"
-        ) from None
+        return torch.from_numpy(found.astype(found.dtype.newbyteorder("="), copy=False))
 
 
-def fitting(networks: dict[str, Program], x: Tensor) -> Tensor:
+def fitting(networks: dict[str, Operators], x: Tensor) -> Tensor:
     """The images as the networks take them; raises FaithkdError, with what to do, where they do not fit."""
     x = arguments.images(x)
     for name, network in networks.items():
@@ -69,20 +61,21 @@ def fitting(networks: dict[str, Program], x: Tensor) -> Tensor:
     return x
 
 
-def report(networks: dict[str, Program], x: Tensor) -> list[str]:
+def report(networks: dict[str, Operators], x: Tensor) -> list[str]:
     """What a pair is and how it sees the images, in sentences: what to look at before asking for a bound."""
     low, high, centre, spread = (float(each) for each in (x.min(), x.max(), x.double().mean(), x.double().std()))
-    lines, seen, classes = [], [], []
+    lines, seen = [], []
+    arguments.same_classes(*(network.network.classes for network in networks.values()))
     for name, network in networks.items():
-        bounded = prepare(network, network.shape, name)
-        classes.append(bounded.classes)
-        kinds = Counter(type(node.operator).__name__ for node in bounded.nodes)
-        operators = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        count = sum(weight.numel() for weight in network.parameters())
-        lines.append(f"{name}: {count:,} weights, images {network.shape}, {bounded.classes} classes; {operators}")
+        operators = [node.operator for node in network.network.nodes]
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in Counter(type(each).__name__ for each in operators).items()
+        )
+        held = [getattr(each, part, None) for each in operators for part in ("weight", "bias")]
+        count = sum(part.numel() for part in held if part is not None and part.ndim)
+        lines.append(f"{name}: {count:,} weights, images {network.shape}, {network.network.classes} classes; {kinds}")
         with torch.no_grad():
-            seen.append(torch.cat([bounded(part).softmax(1) for part in x.double().split(100)]).max(1))
-    arguments.same_classes(*classes)
+            seen.append(torch.cat([network(part).softmax(1) for part in x.double().split(100)]).max(1))
     lines.append(f"{len(x)} images: from {low:.4g} to {high:.4g}, mean {centre:.4g}, standard deviation {spread:.4g}")
     if low >= 0 and high > 2 and bool((x == x.round()).all()):
         lines.append("they look like pixels from 0 to 255; most networks take x / 255, or that standardised")

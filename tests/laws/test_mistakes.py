@@ -57,8 +57,24 @@ def signed_radius(_, operator, box):
     return operator(middle) - radius, operator(middle) + radius
 
 
-def ends_of_curve(_, curve, slope, box, sign):
+def ends_of_curve(_, curve, slope, box, sign, *__):
     return torch.stack([sign * (curve(end) - slope * end) for end in box]).amax(0)
+
+
+def one_constant(line):
+    many = line.many.clone()
+    many[:, :, 1] = many[:, :, 1, many.shape[3] // 2].unsqueeze(2)
+    return replace(line, many=many)
+
+
+def sagging(real, curve, rows, lines, slopes, shape):
+    """Constants of the two neighbours are mixed with other shares than their slopes."""
+    parts, constant = real(curve, rows, lines, slopes, shape)
+    if slopes is None:
+        return parts, constant
+    count = lines.many.shape[3] - 1
+    nearest = (curve.allowed(slopes, lines) * count).round() / count
+    return parts, real(curve, rows, lines, nearest, shape)[1]
 
 
 def last_reader(_, pick, rows, shape):
@@ -244,6 +260,15 @@ MISTAKES = {
     "a curve bends the other way": instead(
         layers.Smooth, "most", lambda real, curve, *rest: real(replace(curve, convex=not curve.convex), *rest)
     ),
+    "all of a curve's lines have one constant": after(layers.Smooth, "freed", one_constant),
+    "a curve's lines are between its own": after(
+        layers.Smooth, "freed", lambda line: replace(line, many=line.many.flip(1))
+    ),
+    "a mixture of lines lies below both": instead(layers.Smooth, "transpose", sagging),
+    "a window of unequal size ends too early": after(layers.AdaptiveMaxPool2d, "windows", lambda f: f[: len(f) - 2]),
+    "a transposed convolution is carried back upside down": instead(
+        layers.ConvTranspose2d, "back", lambda real, conv, rows, shape: real(conv, rows.flip(2), shape)
+    ),
     "padding is the last number": instead(layers.Pick, "product", lambda _, pick, z, *__: z.flatten(1)[:, pick.index]),
     "a number that is repeated counts once": instead(layers.Pick, "back", last_reader),
     "a mean is transposed as a sum": instead(
@@ -386,7 +411,9 @@ def of_operators():
     for name, (operator, *_) in test_operators.OPERATORS.items():
         test_operators.test_boxes_and_lines_hold(name)
         test_operators.test_transposes(name)
-        if not isinstance(operator, layers.Smooth):
+        if isinstance(operator, layers.Smooth):
+            test_operators.test_what_lies_between_two_lines_of_a_curve_holds(name)
+        else:
             test_operators.test_rounding_goes_outwards(name, 1e8)
 
 

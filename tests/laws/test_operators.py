@@ -33,6 +33,8 @@ CURVES = {  # each with its truth in as many digits as one likes
         layers.CURVES["gelu"]("tanh"),
         lambda m, z: z / 2 * (1 + m.tanh(m.mpf((2 / torch.pi) ** 0.5) * (z + m.mpf(0.044715) * z**3))),
     ),
+    "hardswish": (layers.CURVES["hardswish"](), lambda m, z: z * min(max(z + 3, 0), 6) / 6),
+    "log of sigmoid": (layers.CURVES["log_sigmoid_forward"](), lambda m, z: -m.log(1 + m.exp(-z))),
     "elu": (layers.CURVES["elu"](), lambda m, z: z if z > 0 else m.expm1(z)),
     "selu": (layers.CURVES["elu"](1.7, 1.05), lambda m, z: m.mpf(1.05) * (z if z > 0 else m.mpf(1.7) * m.expm1(z))),
     "celu": (layers.CURVES["celu"](2.0), lambda m, z: z if z > 0 else 2 * m.expm1(z / 2)),
@@ -43,6 +45,8 @@ OPERATORS = {
     "conv": (operators.Conv2d(weights(3, 2, 2, 3), weights(3)), IMAGE),
     "padded": (operators.Conv2d(weights(3, 2, 3, 3), weights(3), padding="same", dilation=2), IMAGE),
     "strided": (operators.Conv2d(weights(4, 1, 3, 2), weights(4), (2, 1), (1, 0), 1, 2), IMAGE),
+    "transposed": (layers.ConvTranspose2d(weights(2, 3, 2, 3), weights(3)), IMAGE),
+    "transposed in groups": (layers.ConvTranspose2d(weights(2, 2, 3, 2), None, (2, 3), 1, (1, 2), 2, (3, 1)), IMAGE),
     "mean": (layers.AvgPool2d(2), IMAGE),
     "padded mean": (layers.AvgPool2d((2, 2), 2, 1, True, False), IMAGE),
     "scale": (layers.Scale(weights(2, 1, 1), weights(2, 1, 1)), IMAGE),
@@ -59,9 +63,11 @@ OPERATORS = {
     "padded max": (operators.MaxPool2d(3, 1, 1), IMAGE),
     "dilated max": (operators.MaxPool2d((1, 2), dilation=(1, 2)), IMAGE),
     "ceiled max": (operators.MaxPool2d((2, 3), (3, 2), (1, 1), ceil_mode=True), IMAGE),
+    "adaptive max": (layers.AdaptiveMaxPool2d((3, 3)), IMAGE),
     "ceiled dilated max": (operators.MaxPool2d(2, 3, 0, 2, True), IMAGE),
     **{name: (curve, IMAGE) for name, (curve, _) in CURVES.items()},
 }
+MIXED = operators.Linear | operators.Conv2d | layers.ConvTranspose2d | layers.AvgPool2d | layers.Sums | layers.Smooth
 every = pytest.mark.parametrize("name", OPERATORS)
 
 
@@ -97,11 +103,11 @@ def test_boxes_and_lines_hold(name):
     operator, *shapes = OPERATORS[name]
     boxes = boxes_of(name)
     low, high = operator.interval(*boxes)
-    lines = operator.relax(*boxes)
+    lines = operator.freed(operator.relax(*boxes), *boxes)
     rows = weights(len(low), 7, *low.shape[1:])
     chosen = [None]
-    if lines.free is not None:  # any slopes are valid, those outside of [0, 1] are not used
-        chosen.append(torch.rand(len(low), 7, *lines.below.shape[2:], dtype=torch.float64) * 1.6 - 0.3)
+    if lines.free is not None:  # any choice is valid, those outside of [0, 1] are not used
+        chosen.append(torch.rand(len(low), 7, *lines.start.shape[2:], dtype=torch.float64) * 1.6 - 0.3)
     for z in points_of(boxes):
         y = operator(*z)
         assert (low <= y + 1e-12).all() and (y <= high + 1e-12).all()
@@ -110,7 +116,7 @@ def test_boxes_and_lines_hold(name):
                 operators.dot(rows, y.unsqueeze(1)) <= rows_at(rows, lines, slopes, operator, shapes, z) + 1e-11
             ).all()
     ends = torch.stack([operator(*z) for z in points_of(boxes)])
-    if not isinstance(operator, operators.Linear | operators.Conv2d | layers.AvgPool2d | layers.Sums | layers.Smooth):
+    if not isinstance(operator, MIXED):
         assert torch.allclose(low, ends.amin(0), atol=1e-9) and torch.allclose(high, ends.amax(0), atol=1e-9)
 
 
@@ -193,9 +199,12 @@ def test_curves_in_many_digits(name):
     operator, truth = CURVES[name]
     ends = ends_of_many_sizes(120)
     box = tuple(end.view(1, -1) for end in ends)
-    (low, high), line = operator.interval(box), operator.relax(box)
-    floor, ceiling = (line.low - line.noise)[0, 0].tolist(), line.high[0, 0].tolist()
-    above, below, low, high = (part.flatten().tolist() for part in (line.above, line.below, low, high))
+    (low, high), line = operator.interval(box), operator.freed(operator.relax(box), box)
+    one = [(line.below, line.low - line.noise, line.above, line.high)]
+    below, above = line.many[0].unbind(0)
+    many = [*one, *zip(*below.unbind(0), *above.unbind(0), strict=True)]
+    many = [[part.flatten().tolist() for part in parts] for parts in many]
+    low, high = (end[0].tolist() for end in (low, high))
     with mpmath.workdps(40):
         for n, (first, last) in enumerate(zip(*(end.tolist() for end in ends), strict=True)):
             inside = [mpmath.mpf(first) + share * (mpmath.mpf(last) - first) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)]
@@ -203,7 +212,24 @@ def test_curves_in_many_digits(name):
             for z in map(mpmath.mpf, inside):
                 y = truth(mpmath, z)
                 assert low[n] <= y <= high[n]
-                assert below[n] * z + floor[n] <= y <= above[n] * z + ceiling[n]
+                for below, floor, above, ceiling in many:
+                    assert below[n] * z + floor[n] <= y <= above[n] * z + ceiling[n]
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_what_lies_between_two_lines_of_a_curve_holds(name):
+    """On single numbers, where no other one hides it."""
+    operator, _ = CURVES[name]
+    box = tuple(end.view(1, -1) for end in ends_of_many_sizes(60))
+    lines, shape = operator.freed(operator.relax(box), box), box[0].shape[1:]
+    unit = torch.eye(*shape, dtype=torch.float64)
+    rows = torch.cat([unit, -unit])[None]
+    for share in torch.linspace(0, 1, 21).double():
+        z = box[0] + share * (box[1] - box[0])
+        y = operator(z)
+        for choice in torch.linspace(0, 1, 20).double():
+            found = rows_at(rows, lines, choice.expand(rows.shape), operator, [shape], [z])
+            assert (operators.dot(rows, y.unsqueeze(1)) <= found + 1e-13 * (1 + y.abs().amax())).all()
 
 
 @pytest.mark.parametrize("name", CURVES)
