@@ -9,10 +9,9 @@ import nbformat
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import watch  # noqa: E402
+from faithkd import watch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for `conf.read` below
 MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax/tex-svg.js"
 LAB = "http://localhost:8888/doc/tree"  # where `make lab` opens the notebooks
 

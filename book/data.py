@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from parts import DRAWN, drawn, outwards, search
 from torch import Tensor, nn
-from watch import DATA
 
 import faithkd
 from faithkd import data, experiment, figures, params
+from faithkd.report.watch import DATA
 
 PROFILE = "digits"
 RADII = [round(0.05 * k, 2) for k in range(7)]

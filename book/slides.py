@@ -15,11 +15,13 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import watch
-from conf import HERE, MATHJAX
+from conf import MATHJAX
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 
+from faithkd import watch
+
+HERE = Path(__file__).parent
 ROOT = HERE.parent
 TITLE = re.compile(r"^(#+ .*?) \((\d+)\)$", re.MULTILINE)
 OURS = re.compile(r"\{(accuracy|robust accuracy|agreement|EmpLB|FaithUB), ([\d./]+), (\w+)\}|\{seeds\}")

@@ -32,6 +32,7 @@ _MODULES = {
     "calibration": "report.calibration",
     "ledger": "report.ledger",
     "paper": "report.paper",
+    "watch": "report.watch",
 }
 
 __all__ = ["FaithkdError", *_PUBLIC]

@@ -22,10 +22,10 @@ import torch
 from conftest import REPOSITORY
 from test_solutions import CODE, run
 
-from faithkd import experiment, params
+from faithkd import experiment, params, watch
 
 BOOK = REPOSITORY / "book"
-DATA = json.loads((BOOK / "data.json").read_text(encoding="utf-8"))
+DATA = json.loads(watch.DATA.read_text(encoding="utf-8"))
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LOADS = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("link", "href")}
 SHEETS = sorted((BOOK / "sheets").glob("*.md"))
@@ -147,7 +147,7 @@ def test_sheets_have_twenty_marks_and_their_solutions_run(file):
 
 
 def test_what_is_dragged_is_small_and_comes_from_the_committed_networks():
-    assert (BOOK / "data.json").stat().st_size < 300_000
+    assert watch.DATA.stat().st_size < 300_000
     p = params.load("digits")
     for name in ("SD", "FD"):
         layers = [layer for layer in experiment.student(p, name) if isinstance(layer, torch.nn.Linear)]

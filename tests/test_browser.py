@@ -45,7 +45,7 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab over a copy of the notebooks, with settings, home and store of its own."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(REPOSITORY / "notebooks", folder / "notebooks")
-    for name in ("params", "weights", "book"):
+    for name in ("params", "weights"):
         if (REPOSITORY / name).is_dir():
             (folder / name).symlink_to(REPOSITORY / name)
     settings = {
@@ -125,7 +125,9 @@ def test_runs_in_jupyterlab(lab, number, tmp_path):
 
 def test_what_is_dragged_in_the_book_is_dragged_here_too(lab):
     address, folder = lab
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("%run ../book/watch.py ascent")])
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("from faithkd import watch\n\nwatch.show('ascent')")]
+    )
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, folder / "notebooks" / "watch.ipynb")
     with sync_api.sync_playwright() as playwright:

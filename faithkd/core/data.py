@@ -55,10 +55,7 @@ def validation(p: "Params") -> Split:
 
 def test(p: "Params") -> Split:
     """The whole test set; CIFAR-10 without the 20 images that its array file holds only approximately."""
-    rows = torch.arange(IMAGES[p.data.name][1])
-    if p.data.name == "cifar10":
-        rows = rows[~torch.isin(rows, torch.tensor(CIFAR10_APPROXIMATE))]
-    return _split(p, False, rows)
+    return _split(p, False, _test_rows(p))
 
 
 def test_subset(p: "Params") -> Split:
@@ -76,6 +73,13 @@ def test_subset(p: "Params") -> Split:
     return everything[_drawn(p, len(everything))[: p.data.test_images]]
 
 
+def unseen(p: "Params") -> Split:
+    """`test_subset` by its places alone, without pixels or labels: what was measured of it can be read all the same."""
+    rows = _test_rows(p)
+    index = rows[_drawn(p, len(rows))[: p.data.test_images]]
+    return Split(torch.empty(0), torch.full_like(index, -1), index)
+
+
 def clip_range(p: "Params") -> tuple[torch.Tensor, torch.Tensor] | None:
     """The valid pixels [0, 1] where the parameters clip the ball to them, else None: the unclipped ball of Def. 2."""
     return (torch.tensor(0.0), torch.tensor(1.0)) if p.data.clip else None
@@ -91,6 +95,13 @@ def to_pixels(p: "Params", x: torch.Tensor) -> np.ndarray:
 def pixels_range(name: str) -> int:
     """The largest raw pixel value: 16 for scikit-learn's digits, 255 elsewhere."""
     return 16 if name == "digits" else 255
+
+
+def _test_rows(p: "Params") -> torch.Tensor:
+    rows = torch.arange(IMAGES[p.data.name][1])
+    if p.data.name == "cifar10":
+        rows = rows[~torch.isin(rows, torch.tensor(CIFAR10_APPROXIMATE))]
+    return rows
 
 
 def _drawn(p: "Params", count: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The paper's experiments: what the notebooks call. Each loads what is in the store and makes what is not."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,14 +9,15 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from faithkd import workers
+from faithkd import paths, workers
 from faithkd.core import data, evaluation
 from faithkd.core.data import Split
-from faithkd.report import figure1, figures, ledger
+from faithkd.report import figure1, figures, ledger, tables
 from faithkd.report.paper import STUDENTS
 from faithkd.reproduce import artefacts
 from faithkd.reproduce.measuring import (  # noqa: F401  notebooks take `lower_bound` from here
     RUNGS,
+    Unmeasured,
     bracketed,
     checked,
     lower_bound,
@@ -36,7 +38,7 @@ from faithkd.reproduce.networks import (  # noqa: F401  notebooks take them from
     train,
     trained,
 )
-from faithkd.reproduce.params import Params, Ratio, changed
+from faithkd.reproduce.params import Params, Ratio, changed, load
 
 AS_IS = "as in the profile"  # among `readings`, the parameters unchanged
 
@@ -58,25 +60,28 @@ def accuracy(p: Params, methods=STUDENTS) -> pd.DataFrame:
     return pd.DataFrame([{"dataset": p.data.name, **shares}])
 
 
-def robustness(p: Params, methods=STUDENTS) -> pd.DataFrame:
+def robustness(p: Params, methods=STUDENTS, draw=data.test_subset) -> pd.DataFrame:
     """Per image: `robust` (does PGD fail, eq. 2) and `agrees` with the teacher (eqs 13–14), for ε = 0 and every ε.
 
-    One row per (dataset, eps, method, image), method RT included: what Table 1 averages.
+    One row per (dataset, eps, method, image), method RT included: what Table 1 averages. With `data.unseen` for `draw`
+    only what the repository keeps is read, and no data set is needed.
     """
     guide, radii = teacher(p), (Ratio(0), *p.evaluate.eps)
-    return measured(p, ["robustness"], guide, {"RT": guide} | students(p, methods), radii, data.test_subset(p))
+    return measured(p, ["robustness"], guide, {"RT": guide} | students(p, methods), radii, draw(p))
 
 
-def faithfulness(p: Params, alphas: bool = False, methods=STUDENTS, count: int | None = None) -> pd.DataFrame:
+def faithfulness(
+    p: Params, alphas: bool = False, methods=STUDENTS, count: int | None = None, draw=data.test_subset
+) -> pd.DataFrame:
     """Per image: EmpLB (§4.1), FaithUB (§4.2, eqs 8–11) and the status of its certificate, for every ε.
 
     One row per (dataset, eps, method, image): what Table 2 averages and figs 2–3 draw. With `alphas` the students
     are FD at each α of `p.ablation.alpha` instead, in a column `alpha` (Table 5). `count`: of how many test images, the
-    first ones; all without it. EmpLB ≤ FaithUB is checked.
+    first ones; all without it. EmpLB ≤ FaithUB is checked. `draw` as for `robustness`.
     """
     values = [float(alpha) for alpha in p.ablation.alpha] if alphas else []
     nets = {alpha: student(p, "FD", alpha) for alpha in values} or students(p, methods)
-    frame = bracketed(p, teacher(p), nets, p.evaluate.eps, data.test_subset(p)[:count])
+    frame = bracketed(p, teacher(p), nets, p.evaluate.eps, draw(p)[:count])
     return frame.assign(alpha=frame["method"], method="FD") if alphas else frame
 
 
@@ -88,7 +93,7 @@ def bracket(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps:
     return bracketed(p, guide, {"student": network}, [eps], images)[["EmpLB", "FaithUB", "status"]]
 
 
-def pgd_steps(p: Params) -> pd.DataFrame:
+def pgd_steps(p: Params, draw=data.test_subset) -> pd.DataFrame:
     """EmpLB by number of PGD steps for RSLAD and FD on every test image, at `table3.eps`: what Table 3 samples.
 
     One row per (steps, method, image).
@@ -96,7 +101,7 @@ def pgd_steps(p: Params) -> pd.DataFrame:
     guide, nets, parts = teacher(p), students(p, ("RSLAD", "FD")), []
     for steps in p.evaluate.table3.steps:
         q = p.model_copy(update={"evaluate": p.evaluate.model_copy(update={"steps": steps})})
-        frame = measured(q, ["EmpLB"], guide, nets, [p.evaluate.table3.eps], data.test_subset(p))
+        frame = measured(q, ["EmpLB"], guide, nets, [p.evaluate.table3.eps], draw(p))
         parts.append(frame.assign(steps=steps))
     return pd.concat(parts, ignore_index=True)
 
@@ -205,6 +210,48 @@ def heat_map(p: Params) -> tuple[pd.DataFrame, dict]:
 
 
 # --- measurements that travel with the repository
+
+
+def judged(p: Params, draw=data.test_subset) -> dict[str, pd.DataFrame | None]:
+    """What the paper's claims are judged by, over all seeds, by the names that `ledger.claims` has for it.
+
+    `steps` (Table 3) and `alphas` (Table 5) only for the data sets of those tables; on digits `steps` illustrates.
+    """
+    seeds = partial(over_seeds, p, draw=draw)
+    steps = alphas = None
+    if p.data.name in ("fashion_mnist", "digits"):
+        steps = seeds(pgd_steps).assign(eps=str(p.evaluate.table3.eps))
+    if p.data.name == "cifar10":
+        alphas = seeds(faithfulness, alphas=True)
+    return {"robustness": seeds(robustness), "faithfulness": seeds(faithfulness), "steps": steps, "alphas": alphas}
+
+
+def shown(p: Params, name: str) -> tuple[pd.DataFrame, str]:
+    """A result on the paper's data to open a notebook with, and where it comes from; MNIST's where `p` has other data.
+
+    `name` is "table1", "table2", "claims" or "ledger". Made from what measurements/ keeps of every test image, without
+    the data set and in seconds; where measurements do not travel, the table committed in figures/.
+    """
+    q = load(p.profile if tables.is_papers(p.data.name) else "mnist")  # as it stands: no network has to be trained
+    kept = (paths.ROOT / "measurements" / q.profile / f"seed{q.seed}{artefacts.SUFFIX}").is_file()
+    try:
+        if not kept or os.environ.get("FAITHKD_FRESH"):
+            raise Unmeasured(q.profile)
+        if name == "table1":
+            found = tables.table1(robustness(q, draw=data.unseen))
+        elif name == "table2":
+            found = tables.table2(faithfulness(q, draw=data.unseen))
+        else:
+            frames = judged(q, draw=data.unseen)
+            sampled = frames["robustness"], frames["faithfulness"], frames["alphas"]
+            found = (
+                ledger.claims(q.data.name, **frames)
+                if name == "claims"
+                else ledger.cells(ledger.per_seed(**frames), ledger.fewer(*sampled))
+            )
+        return found, f"measurements/{q.name}"
+    except Unmeasured:
+        return tables.committed(q.profile, name), f"figures/{q.profile}/{name}.csv"
 
 
 def measure_all(p: Params) -> Iterator[str]:

@@ -29,6 +29,10 @@ RUNGS = ("interval", "crown", "alpha-crown", "joint")  # steps below `best` that
 LOWER = ("EmpLB", "StrongLB", "BestLB")  # columns with lower bounds; all other numbers are upper bounds
 
 
+class Unmeasured(FaithkdError):  # noqa: N818  what is missing is no error of its own
+    """Asked of images that are not here (`data.unseen`), and not kept in the repository."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A measurement of `kind` of a network, beside a teacher or alone, on images; `first`: the place of the first."""
@@ -52,11 +56,12 @@ class Piece:
 
     @property
     def inputs(self) -> dict:
-        pixels = self.images.x.contiguous().numpy().tobytes() + self.images.y.contiguous().numpy().tobytes()
+        seen = self.images.x.contiguous().numpy().tobytes()
+        pixels = seen and seen + self.images.y.contiguous().numpy().tobytes()
         return {
             "recipe": recipes.MEASURING,
             "networks": [fingerprint(network) for network in (self.guide, self.network) if network is not None],
-            "images": hashlib.sha256(pixels).hexdigest()[:16],
+            "images": hashlib.sha256(pixels).hexdigest()[:16] if pixels else None,  # `data.unseen`: whichever they were
             "eps": float(self.eps),
             "settings": _settings(self.kind, self.p),
         }
@@ -126,6 +131,8 @@ def _contents(p: Params, pieces: list[Piece], description: str) -> list[pd.DataF
     named = [(piece.path, piece.inputs) for piece in pieces]
     found = [_kept(*name) for name in named]
     if any(frame is None for frame in found):
+        if any(piece.inputs["images"] is None for piece in pieces):
+            raise Unmeasured(f"measurements/ does not hold all {description} of {p.name}; `make evidence` makes them")
         # One notebook at a time has all cores; what it makes, another that waited need not make again.
         with artefacts.alone("measuring", "measuring on all cores"):
             found = [

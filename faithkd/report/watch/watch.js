@@ -306,6 +306,7 @@
 
   for (const root of document.querySelectorAll(".watch:not([data-drawn])")) {
     const data = JSON.parse(root.querySelector("script").textContent);
+    root.replaceChildren();
     root.dataset.drawn = "";
     root.style.setProperty("--teacher", data.looks.colours.RT);
     WATCH[root.dataset.watch](root, data);
