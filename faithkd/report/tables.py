@@ -24,12 +24,6 @@ def committed(profile: str, name: str) -> pd.DataFrame:
         return pd.read_csv(file, dtype={"eps": str}).astype({"eps": str})  # every table has it
 
 
-def shown(p, name: str) -> pd.DataFrame:
-    """What a notebook opens on: the committed table of a profile with the paper's data, where there is none MNIST's."""
-    own = is_papers(p.data.name) and (paths.ROOT / "figures" / p.profile / f"{name}.csv").is_file()
-    return committed(p.profile if own else "mnist", name)
-
-
 def is_papers(dataset: str) -> bool:
     """Whether the paper reports this data set at all."""
     return dataset in set(paper.table("accuracy")["dataset"])

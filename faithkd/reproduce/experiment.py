@@ -1,5 +1,6 @@
 """The paper's experiments: what the notebooks call. Each loads what is in the store and makes what is not."""
 
+import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -229,29 +230,29 @@ def judged(p: Params, draw=data.test_subset) -> dict[str, pd.DataFrame | None]:
 def shown(p: Params, name: str) -> tuple[pd.DataFrame, str]:
     """A result on the paper's data to open a notebook with, and where it comes from; MNIST's where `p` has other data.
 
-    `name` is "table1", "table2", "claims" or "ledger". Made from what measurements/ keeps of every test image, without
-    the data set and in seconds; where measurements do not travel, the table committed in figures/.
+    Table 1, 2, 5, the claims and the ledger are made from what measurements/ keeps of every test image, without the
+    data set and in seconds. Where that does not travel, and for other names, it is figures/<profile>/<name>.csv.
     """
     q = load(p.profile if tables.is_papers(p.data.name) else "mnist")  # as it stands: no network has to be trained
-    kept = (paths.ROOT / "measurements" / q.profile / f"seed{q.seed}{artefacts.SUFFIX}").is_file()
-    try:
-        if not kept or os.environ.get("FAITHKD_FRESH"):
-            raise Unmeasured(q.profile)
-        if name == "table1":
-            found = tables.table1(robustness(q, draw=data.unseen))
-        elif name == "table2":
-            found = tables.table2(faithfulness(q, draw=data.unseen))
-        else:
-            frames = judged(q, draw=data.unseen)
-            sampled = frames["robustness"], frames["faithfulness"], frames["alphas"]
-            found = (
-                ledger.claims(q.data.name, **frames)
-                if name == "claims"
-                else ledger.cells(ledger.per_seed(**frames), ledger.fewer(*sampled))
-            )
-        return found, f"measurements/{q.name}"
-    except Unmeasured:
-        return tables.committed(q.profile, name), f"figures/{q.profile}/{name}.csv"
+    made = {
+        "table1": lambda: tables.table1(robustness(q, draw=data.unseen)),
+        "table2": lambda: tables.table2(faithfulness(q, draw=data.unseen)),
+        "table5": lambda: tables.table2(faithfulness(q, alphas=True, draw=data.unseen), by="alpha"),
+        "claims": lambda: ledger.claims(q.data.name, **judged(q, draw=data.unseen)),
+        "ledger": lambda: beside_paper(**judged(q, draw=data.unseen)),
+    }
+    kept = paths.ROOT / "measurements" / q.profile / f"seed{q.seed}{artefacts.SUFFIX}"
+    if name in made and kept.is_file() and not os.environ.get("FAITHKD_FRESH"):
+        with contextlib.suppress(Unmeasured):
+            return made[name](), f"measurements/{q.profile}"
+    drawn = q.profile if (paths.ROOT / "figures" / q.profile / f"{name}.csv").is_file() else "mnist"
+    return tables.committed(drawn, name), f"figures/{drawn}"
+
+
+def beside_paper(**frames) -> pd.DataFrame:
+    """`ledger.cells` of `judged`, and of `accuracy` over seeds if it is given too."""
+    few = ledger.fewer(frames["robustness"], frames["faithfulness"], frames["alphas"])
+    return ledger.cells(ledger.per_seed(**frames), few)
 
 
 def measure_all(p: Params) -> Iterator[str]:
