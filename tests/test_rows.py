@@ -62,7 +62,9 @@ def test_nothing_that_is_reached_lies_outside(name, network, shape):
         assert (low >= old_low).all() and (high <= old_high).all()
     assert (found.highest <= root.highest).all()
     other = rows.narrowed(domains.root(net.prepare(network, shape), 1, *root.bounds[0]), 8)
-    both, made = rows.decided((found, other), torch.zeros(2).double(), 60)
+    nothing, most = torch.zeros(2, dtype=torch.float64), torch.full((2,), 60)
+    trees, made = rows.decided(rows.forest((found, other)), torch.ones(2, 2, 3).double(), nothing, most)
+    both = trees.roots
     assert (made > 0).any() and (both[0].highest <= found.highest).all()
     for q, part in enumerate(both):
         assert outside(part, part, x) < 1e-12 and part.q == q

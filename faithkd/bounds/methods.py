@@ -13,12 +13,11 @@ from tqdm import tqdm
 from faithkd import arguments, workers
 from faithkd.bounds import agreement as agreements
 from faithkd.bounds import search
-from faithkd.bounds.alone import apart
 from faithkd.bounds.domains import Root, root
 from faithkd.bounds.graph import Network, check_images, inner_ball, outer_ball, prepare, prepare_pair
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.operators import Box
-from faithkd.bounds.rows import decided, narrowed
+from faithkd.bounds.rows import narrowed
 from faithkd.bounds.softmax import pair_bound, softmax_interval
 from faithkd.core import attacks
 from faithkd.devices import follows_images
@@ -91,8 +90,8 @@ class Choices:
     "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
-    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, and half of
-    the nodes go into trees of differences; 0 leaves the rung out. Without it 16, but 0 for bab and best without budget.
+    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, with trees of
+    differences in place of `alone`; 0 leaves the rung out. Without it 16, but 0 for bab and best without budget.
 
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
     `progress`: whether to show a bar.
@@ -380,7 +379,7 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     """The rungs "joint" and "bab", and both ends of the bracket; 1 for images whose boxes are not finite."""
     finite = both[0].finite & both[1].finite
     lower, witnesses = (part.clone() for part in known)
-    whole = {name: torch.ones_like(lower) for name in ("rows", "joint", "bab") if name in choices.rungs}
+    whole = {name: torch.ones_like(lower) for name in ("joint", "bab") if name in choices.rungs}
     made = torch.zeros(len(lower), dtype=torch.long)
     nodes = choices.nodes or (DEFAULT_NODES if choices.budget is None else UNLIMITED)
     # so few at once that all their parts fit in memory
@@ -388,18 +387,14 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     left = finite.nonzero()[:, 0]
     for some in left.split(max(1, min(PIECE, int(PARTS / max(expected, 1))))) if len(left) else ():
         roots = tuple(part.root.at(some) for part in both)
-        now = time.monotonic()
-        end = math.inf if choices.budget is None else begin + choices.budget * len(finite)
-        deadline = now + (end - now) * len(some) / len(left)
-        left, goal, first = left[len(some) :], lower[some] + choices.tolerance, 0
-        if "rows" in whole:
-            roots, first = decided(roots, goal, nodes // 2, now + (deadline - now) / 2)
-            whole["rows"][some] = apart([root.odds for root in roots]).amax((1, 2))
         leaves = search.start(roots, balls[some].reach, lower[some], witnesses[some])
         whole["joint"][some] = leaves.upper
         if "bab" in whole:
-            leaves, then = search.certify(roots, leaves, choices.tolerance, nodes - first, deadline)
-            made[some] = first + then
+            now = time.monotonic()
+            end = math.inf if choices.budget is None else begin + choices.budget * len(finite)
+            deadline = now + (end - now) * len(some) / len(left)
+            left, by_rows = left[len(some) :], "rows" in choices.rungs
+            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline, by_rows)
             whole["bab"][some] = torch.minimum(whole["joint"][some], leaves.upper)
             lower[some], witnesses[some] = leaves.lower, leaves.witnesses
     if "bab" not in whole:

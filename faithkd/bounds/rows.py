@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds import domains, linear
-from faithkd.bounds.alone import apart
+from faithkd.bounds.alone import NEARLY, apart
 from faithkd.bounds.descent import Range, minimise
 from faithkd.bounds.domains import Domain, Root, Table, mapped, meet
 from faithkd.bounds.graph import Network
@@ -232,28 +232,43 @@ def narrowed(root: Root, most: int, deadline: float = math.inf) -> Root:
     return replace(root, bounds=bounds, lines=lines, slopes=slopes, **columns)
 
 
-def decided(
-    roots: tuple[Root, Root], goal: Tensor, most: int, deadline: float = math.inf
-) -> tuple[tuple[Root, Root], Tensor]:
-    """The roots with those differences bounded by trees that decide on eq. (11), and the parts made, `(N,)`.
+@dataclass(frozen=True)
+class Forest:
+    """Trees of both networks' differences, None where there are none yet, and the roots with what they say."""
 
-    Of the order and class of an image where that bound is largest, until it is at most `goal` `(N,)`, `most` parts are
-    made for the image, or no row gains anything. Where there is most to gain for each part made, the trees grow.
+    roots: tuple[Root, Root]
+    rows: tuple[Rows, Rows]
+    parts: tuple[Parts | None, Parts | None] = (None, None)
+
+
+def forest(roots: tuple[Root, Root]) -> Forest:
+    """No trees yet."""
+    return Forest(roots, tuple(differences(root) for root in roots))
+
+
+def decided(
+    known: Forest, cap: Tensor, goal: Tensor, nodes: Tensor, deadline: float = math.inf
+) -> tuple[Forest, Tensor]:
+    """The trees grown that decide on eq. (11), and the parts made for each image: as `alone.search_alone`.
+
+    Those of the order and class where it is largest, and there where one more part promises most.
     """
+    roots, rows, parts = list(known.roots), list(known.rows), list(known.parts)
     images, classes = roots[0].odds[0].shape
-    roots, rows, parts = list(roots), [differences(root) for root in roots], [None, None]
+    before = sum(table.made.view(images, -1).sum(1) for table in rows)
     while True:
-        value, place = apart([root.odds for root in roots]).flatten(1).max(1)
+        bound = apart([root.odds for root in roots])
+        value, place = torch.where(cap < NEARLY * bound, 0.0, bound).flatten(1).max(1)
         order, label = place // classes, place % classes
-        made = sum(table.made.view(images, -1).sum(1) for table in rows)
+        made = sum(table.made.view(images, -1).sum(1) for table in rows) - before
         gains = [gain(root, table, order == root.q, label) for root, table in zip(roots, rows, strict=True)]
         best = torch.stack(gains).view(2, images, -1).amax((0, 2))
-        busy = (value > goal) & (made < most) & (best > 0)
+        busy = (value > goal) & (made < nodes) & (best > 0)
         for trees in parts:
             if trees is not None:
                 busy &= ~domains.full(trees.domains.image, images, trees)
         if not busy.any() or time.monotonic() > deadline:
-            return tuple(roots), made
+            return Forest(tuple(roots), tuple(rows), tuple(parts)), made
         for q, part in enumerate(gains):
             wanted = (part > 0) & (part >= best[rows[q].image] / 4) & busy[rows[q].image]
             if wanted.any():
