@@ -51,7 +51,7 @@ PIECE = 16  # images searched at once, and given to one process at a time
 DEFAULT_NODES, UNLIMITED = 1000, 10**9
 PARTS = 32_000  # of all images searched at once; one image alone may make more, and takes what it needs
 SPEED = 2000  # parts made in a second, at most
-ROW_PARTS = 16  # of each row's tree, where rows are asked for or time is given
+ROW_PARTS = 16  # of each row's tree, where `rows` is asked for and nothing said
 ROW_SHARE = 0.2  # of a budget, for the rows of each network
 
 
@@ -91,7 +91,7 @@ class Choices:
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
     `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, with trees of
-    differences in place of `alone`; 0 leaves the rung out. Without it 16, but 0 for bab and best without budget.
+    differences in place of `alone`; 0 leaves the rung out. Without it 16 for rows, and 0 for bab and best.
 
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
     `progress`: whether to show a bar.
@@ -119,7 +119,7 @@ class Choices:
             if getattr(self, name) is not None:
                 arguments.whole(name, getattr(self, name))
         if self.parts is not None:
-            arguments.whole("parts", self.parts, least=0)
+            arguments.whole("parts", self.parts, least=int(self.method == "rows"))
         if self.budget is not None:
             arguments.number("budget", self.budget)
         if self.agreement and "alpha-crown" not in LADDER[self.method]:
@@ -139,7 +139,7 @@ class Choices:
         """How many parts each row's tree may have, 0 where there are none."""
         if self.method not in ("rows", "bab", "best"):
             return 0
-        return (ROW_PARTS if self.method == "rows" or self.budget else 0) if self.parts is None else self.parts
+        return (ROW_PARTS if self.method == "rows" else 0) if self.parts is None else self.parts
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ STEPS = 6  # of descent in each part: further parts bring more
 RANGES = {"slopes": Range(0.25, 0, 1), "push": Range(0.05, 0)}
 FALL = 0.9
 NEAR = 0.02  # a row so near to what it attains, by the width of its unit's first box, is finished
-PARTS = 2**15  # of all rows that are worked on at once: about 4 kB each in networks like the paper's
+BYTES = 32  # of a part for each unit that can be split: boxes, phases, slopes, multipliers
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,11 @@ def search(root: Root, rows: Rows, parts: Parts, most: int, deadline: float = ma
 
 def narrowed_box(root: Root, k: int, box: Box, most: int, deadline: float) -> Box:
     """The box of node k's input with the ends of each unsettled unit as rows; `root`: what is known up to there."""
-    place, shape = root.network.place(k), box[0].shape[1:]
+    network, shape = root.network, box[0].shape[1:]
+    place = network.place(k)
     before = upto(root, place)
     lower, upper = (end.flatten(1).clone() for end in box)
-    image, unit = root.network.nodes[k].operator.loose(lower, upper).nonzero().unbind(1)
+    image, unit = network.nodes[k].operator.loose(lower, upper).nonzero().unbind(1)
     if not len(image) or not units_before(before.network) or torch.bincount(image).max() > linear.LARGE:
         return box
     near = (NEAR * (upper - lower)[image, unit]).repeat(2)
@@ -192,8 +193,8 @@ def narrowed_box(root: Root, k: int, box: Box, most: int, deadline: float) -> Bo
     nothing = torch.zeros_like(near)
     rows = Rows(form.unflatten(1, shape), image, middle, nothing - math.inf, nothing.long(), nothing, near)
     slopes = {j: part[image, side, unit].float() for j, part in root.slopes[k].items()}
-    # few rows at once where their trees are large
-    for some in torch.arange(len(image)).split(max(1, PARTS // most)):
+    units = sum(math.prod(network.shapes[network.place(j)]) for j in units_before(before.network))
+    for some in torch.arange(len(image)).split(max(1, domains.ROOM // (BYTES * units * most))):
         mine = rows[some]
         chosen = {j: part[some] for j, part in slopes.items()}
         parts = planted(before, mine, torch.arange(len(some)), value[some], chosen)
