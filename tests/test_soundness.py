@@ -14,7 +14,7 @@ from faithkd.bounds import certified_agreement, faithfulness_upper_bound, graph,
 from faithkd.errors import FaithkdError
 
 CHEAP = ("interval", "crown")
-BEYOND = ("alpha-crown", "joint", "bab", "best")
+BEYOND = ("alpha-crown", "rows", "joint", "bab", "best")
 
 
 def bound(teacher, student, x, eps, method, nodes=12, **keywords):
@@ -145,7 +145,7 @@ def test_agreement_comes_with_a_bound(kind):
             alike = teacher.double()(met).argmax(1) == student.double()(met).argmax(1)
             assert torch.equal(found.agrees, alone) and not (found.agrees & ~alike).any()
     assert bound(teacher, student, x, 0.1, "joint").agrees is None
-    with pytest.raises(FaithkdError, match="alpha-crown, lp, milp, joint, bab, best, not crown"):
+    with pytest.raises(FaithkdError, match="alpha-crown, lp, milp, rows, joint, bab, best, not crown"):
         bound(teacher, student, x, 0.1, "crown", agreement=True)
 
 

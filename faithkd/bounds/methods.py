@@ -17,6 +17,7 @@ from faithkd.bounds.domains import Root, root
 from faithkd.bounds.graph import Network, check_images, inner_ball, outer_ball, prepare, prepare_pair
 from faithkd.bounds.linear import box_differences, crown, image_chunks, interval, row_differences
 from faithkd.bounds.operators import Box
+from faithkd.bounds.rows import narrowed
 from faithkd.bounds.softmax import pair_bound, softmax_interval
 from faithkd.core import attacks
 from faithkd.devices import follows_images
@@ -28,6 +29,7 @@ METHODS = {
     "alpha-crown": "crown with every slope optimised: about as tight as the LP, at a fraction of its time",
     "lp": "the best linear relaxation per logit difference, by linear programming: tenths of seconds per image",
     "milp": "exact ranges of the logit differences, by branch and bound: small networks or small balls",
+    "rows": "alpha-crown with hidden boxes tightened unit by unit, by small branch and bounds: where balls are large",
     "joint": "both networks see the same image: their linear forms are subtracted before the maximum is taken",
     "bab": "branch and bound on top of joint: the longer, the tighter",
     "best": "bab from a lower bound by PGD, in processes on all cores: both ends of the bracket",
@@ -37,6 +39,7 @@ LADDER = {
     **{name: _LINEAR[: place + 1] for place, name in enumerate(_LINEAR)},
     "lp": (*_LINEAR, "lp"),
     "milp": (*_LINEAR, "lp", "milp"),
+    "rows": (*_LINEAR, "rows"),
     "joint": (*_LINEAR, "joint"),
     "bab": (*_LINEAR, "joint", "bab"),
     "best": (*_LINEAR, "joint", "bab"),
@@ -48,6 +51,8 @@ PIECE = 16  # images searched at once, and given to one process at a time
 DEFAULT_NODES, UNLIMITED = 1000, 10**9
 PARTS = 32_000  # of all images searched at once; one image alone may make more, and takes what it needs
 SPEED = 2000  # parts made in a second, at most
+ROW_PARTS = 16  # of each row's tree, where `rows` is asked for and nothing said
+ROW_SHARE = 0.2  # of a budget, for the rows of each network
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ class Choices:
     "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
+    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, with trees of
+    differences in place of `alone`; 0 leaves the rung out. Without it 16 for rows, and 0 for bab and best.
+
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
     `progress`: whether to show a bar.
     """
@@ -95,6 +103,7 @@ class Choices:
     nodes: int | None = None
     budget: float | None = None
     tolerance: float = 1e-3
+    parts: int | None = None
     seed: int = 0
     agreement: bool = False
     jobs: int | None = None
@@ -115,11 +124,28 @@ class Choices:
         for name in ("nodes", "jobs"):
             if getattr(self, name) is not None:
                 arguments.whole(name, getattr(self, name))
+        if self.parts is not None:
+            arguments.whole("parts", self.parts, least=int(self.method == "rows"))
         if self.budget is not None:
             arguments.number("budget", self.budget)
         if self.agreement and "alpha-crown" not in LADDER[self.method]:
             able = ", ".join(name for name, rungs in LADDER.items() if "alpha-crown" in rungs)
             raise FaithkdError(f"agreement=True is for the methods {able}, not {self.method}; or certified_agreement()")
+
+    @property
+    def rungs(self) -> tuple[str, ...]:
+        """The methods on the way, LADDER's, and `rows` below what searches where it is wanted."""
+        names = LADDER[self.method]
+        return tuple(
+            name for each in names for name in (("rows", each) if each == "joint" and self.row_parts else (each,))
+        )
+
+    @property
+    def row_parts(self) -> int:
+        """How many parts each row's tree may have, 0 where there are none."""
+        if self.method not in ("rows", "bab", "best"):
+            return 0
+        return (ROW_PARTS if self.method == "rows" else 0) if self.parts is None else self.parts
 
 
 @dataclass(frozen=True)
@@ -232,12 +258,12 @@ def bounded(networks: list[Network], balls: Balls, choices: Choices) -> list[Upp
 def of_pair(both: list["Alone"], balls: Balls, choices: Choices, begin: float) -> UpperBound:
     """All rungs for a few images from those of each network by itself: eq. (11), then what sees both."""
     notes = [[]] * len(balls)
-    if "lp" in LADDER[choices.method]:
+    if "lp" in choices.rungs:
         both, notes = solved(both, choices)
     rungs = {name: pair_bound(*(part.rungs[name] for part in both)) for name in both[0].rungs}
     finite = both[0].finite & both[1].finite
-    pair, searched, ends = tuple(part.network for part in both), "bab" in LADDER[choices.method], {}
-    if "joint" in LADDER[choices.method]:
+    pair, searched, ends = tuple(part.network for part in both), "bab" in choices.rungs, {}
+    if "joint" in choices.rungs:
         known = attained(pair, balls, choices) if searched else (torch.zeros(len(balls)).double(), balls.x)
         found = shared(both, balls, known, choices, begin)
         rungs |= found.pop("rungs")
@@ -274,8 +300,8 @@ class Alone:
 
 
 def of_one(network: Network, q: int, box: Box, choices: Choices) -> Alone:
-    """One network's rungs for some images, up to alpha-crown."""
-    names, found = LADDER[choices.method], None
+    """One network's rungs for some images, up to alpha-crown or rows."""
+    names, found = choices.rungs, None
     boxes = interval(network, *box)
     rungs = {"interval": box_differences(*boxes[-1])}
     if "crown" in names:
@@ -284,6 +310,10 @@ def of_one(network: Network, q: int, box: Box, choices: Choices) -> Alone:
     if "alpha-crown" in names:
         found = root(network, q, *box)
         boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
+    if "rows" in names:
+        deadline = math.inf if choices.budget is None else time.monotonic() + ROW_SHARE * choices.budget * len(box[0])
+        found = narrowed(found, choices.row_parts, deadline)
+        boxes, rungs["rows"] = found.bounds, torch.minimum(rungs["alpha-crown"], found.highest)
     last = list(rungs.values())[-1]
     return Alone(network, rungs, last.isfinite().flatten(1).all(1), boxes, found)
 
@@ -296,7 +326,7 @@ def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[l
         raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[lp]' for lp and milp") from None
     if torch.get_default_device().type != "cpu":
         raise FaithkdError("lp and milp are solved on the CPU; pass device='cpu' for them")
-    names = [name for name in ("lp", "milp") if name in LADDER[choices.method]]
+    names = [name for name in ("lp", "milp") if name in choices.rungs]
     rungs = [{name: list(each.rungs.values())[-1].clone() for name in names} for each in networks]
     notes = []
     for n in range(len(networks[0].finite)):
@@ -355,7 +385,7 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     """The rungs "joint" and "bab", and both ends of the bracket; 1 for images whose boxes are not finite."""
     finite = both[0].finite & both[1].finite
     lower, witnesses = (part.clone() for part in known)
-    whole = {name: torch.ones_like(lower) for name in ("joint", "bab") if name in LADDER[choices.method]}
+    whole = {name: torch.ones_like(lower) for name in ("joint", "bab") if name in choices.rungs}
     made = torch.zeros(len(lower), dtype=torch.long)
     nodes = choices.nodes or (DEFAULT_NODES if choices.budget is None else UNLIMITED)
     # so few at once that all their parts fit in memory
@@ -369,8 +399,8 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
             now = time.monotonic()
             end = math.inf if choices.budget is None else begin + choices.budget * len(finite)
             deadline = now + (end - now) * len(some) / len(left)
-            left = left[len(some) :]
-            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline)
+            left, by_rows = left[len(some) :], "rows" in choices.rungs
+            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline, by_rows)
             whole["bab"][some] = torch.minimum(whole["joint"][some], leaves.upper)
             lower[some], witnesses[some] = leaves.lower, leaves.witnesses
     if "bab" not in whole:
@@ -392,7 +422,7 @@ def difference_bounds(network: nn.Module, x: Tensor, eps: float, *, clip: tuple 
     found = torch.zeros(len(balls), prepared.classes, prepared.classes, dtype=torch.float64)
     for some in image_chunks((prepared,), len(balls)):
         mine = [of_one(prepared, 0, balls[some].box, choices)]
-        if "lp" in LADDER[choices.method]:
+        if "lp" in choices.rungs:
             mine, _ = solved(mine, choices)
         found[some] = mine[0].rungs[choices.method]
     return found

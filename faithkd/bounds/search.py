@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds import alone, joint
+from faithkd.bounds import rows as linear_rows
 from faithkd.bounds.domains import (
     BOTH,
     ROUNDING,
@@ -80,22 +81,33 @@ def start(roots: tuple[Root, Root], reach: Box, lower: Tensor, witnesses: Tensor
 
 
 def certify(
-    roots: tuple[Root, Root], leaves: Leaves, tolerance: float, nodes: int, deadline: float = math.inf
+    roots: tuple[Root, Root],
+    leaves: Leaves,
+    tolerance: float,
+    nodes: int,
+    deadline: float = math.inf,
+    by_rows: bool = False,
 ) -> tuple[Leaves, Tensor]:
     """The whole search from `start`, on each network `alone` and on the joint rows by turns: both say what they can.
 
-    What one of them gained in the last round decides on its share of the next one, image by image. Returns the leaves
-    and the number of parts made per image.
+    `by_rows`: trees of differences, `rows.decided`, in place of `alone`. What one of them gained in the last round
+    decides on its share of the next one, image by image. Returns the leaves and the number of parts made per image.
     """
     trees, whole_roots = [alone.plant(root) for root in roots], roots
+    forest = linear_rows.forest(roots) if by_rows else None
     made = torch.zeros(len(leaves.lower), dtype=torch.long)
     share = torch.full_like(leaves.lower, 0.5)
     while True:
         room = torch.minimum((made / 2).clamp(min=FIRST), nodes - made)
         first, goal = leaves.upper, leaves.lower + tolerance
         soon = time.monotonic() + (deadline - time.monotonic()) / 2
-        trees, first_made = alone.search_alone(whole_roots, trees, worst_rows(leaves), goal, share * room, soon)
-        roots = alone.narrowed(whole_roots, trees)
+        effort = worst_rows(leaves), goal, share * room, soon
+        if by_rows:
+            forest, first_made = linear_rows.decided(forest, *effort)
+            roots = forest.roots
+        else:
+            trees, first_made = alone.search_alone(whole_roots, trees, *effort)
+            roots = alone.narrowed(whole_roots, trees)
         leaves = inherit(roots, leaves)
         second = leaves.upper
         leaves, then_made = search_jointly(roots, leaves, tolerance, (1 - share) * room, deadline)
