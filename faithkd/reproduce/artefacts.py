@@ -143,8 +143,10 @@ def packed(path: str, inputs: dict) -> tuple[dict[str, Tensor], dict] | None:
         if folder.name and file.is_file():
             name = _entry(path, folder)
             tensors, entries = _unpacked(file, file.stat().st_mtime_ns)
-            made_from = entries[name]["inputs"] if name in entries else None
-            if made_from is not None and _plain(inputs) in (made_from, made_from | {"images": None}):  # None: `data.unseen`
+            if name not in entries:
+                continue
+            made_from = entries[name]["inputs"]
+            if _plain(inputs) in (made_from, made_from | {"images": None}):  # None: `data.unseen`
                 return tensors[name], entries[name]["notes"]
     return None
 
