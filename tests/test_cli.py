@@ -65,7 +65,7 @@ def test_without_notebooks_it_says_where_to_work(call, monkeypatch, tmp_path):
 def test_a_folder_of_runs_that_cannot_be_used_is_told(call, tmp_path):
     (tmp_path / "runs").write_text("in the way")
     told = call("run", "--profile", "smoke", "--only", "00", code=2)
-    assert f"error: {tmp_path / 'runs' / 'smoke'}: Not a directory; correct the folder" in told
+    assert f"error: FAITHKD_RUNS is {tmp_path / 'runs'}, which is no folder; name one, or unset it" in told
 
 
 def test_runs_skips_and_remakes(home):

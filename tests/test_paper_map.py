@@ -72,7 +72,7 @@ def test_results_are_made_by_the_functions_named(row):
 
 def test_the_ledger_is_made_by_the_functions_named():
     named = [row for row in rows("The paper's numbers and claims beside ours") if "faithkd." in row[1]]
-    assert len(named) == 7
+    assert len(named) == 6
     for _, function, notebook in named:
         assert callable(resolve(function)) and function.strip("`").removeprefix("faithkd.") in source(notebook)
 
