@@ -69,9 +69,9 @@ def run(
         yield from _spread(left, min(count, len(left)), address)
 
 
-def results(calls: Mapping[object, Callable[[], object]], description: str, sample: float | None = None) -> dict:
+def results(calls: Mapping[object, Callable[[], object]], description: str) -> dict:
     """The result of every call by its name, in the order of the calls, with a bar; otherwise as `run`."""
-    found = dict(tqdm(run(list(calls.values()), sample=sample), description, len(calls), leave=False))
+    found = dict(tqdm(run(list(calls.values())), description, len(calls), leave=False))
     return {name: found[place] for place, name in enumerate(calls)}
 
 

@@ -70,9 +70,9 @@ def sheet(chosen: list[Path], solutions: bool = False) -> str:
     """The exercises of the notebooks as one page in Markdown, with `solutions` each list followed by them."""
     parts = [HEAD]
     for path in chosen:
-        asked, solved = exercises(_read(path))
+        asked, solved = exercises(notebook := _read(path))
         if asked:
-            first = "".join(f"* {title} ({how})\n" for title, how in turns(_read(path)))
+            first = "".join(f"* {title} ({how})\n" for title, how in turns(notebook))
             parts.append(f"## {notebooks.title(path)}\n\n{first}\n{asked}\n")
             parts += [f"**Solution to {number}**\n\n{text}\n" for number, text in solved.items() if solutions]
     return "\n".join(parts)
