@@ -14,7 +14,7 @@ FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in 
 # 5,000 for the tests; never up.
 HOUSE_LINES = 10_001
 FOLDER_LINES = {"core": 873, "bounds": 4_325, "pairs": 741, "reproduce": 1_948, "report": 1_656}
-TEST_LINES = 8_193
+TEST_LINES = 8_176
 
 LIGHT = {"torch", "numpy", "tqdm"}
 
