@@ -270,7 +270,8 @@ def _provenance(p, folder: Path, about: Path) -> dict:
         before = json.loads(about.read_text(encoding="utf-8"))
         seconds |= before["seconds"] if before["params"] == chosen else {}
     for path in notebooks.listing():
-        seconds |= {path.stem: run["seconds"] for run in [notebooks.noted(path, p, folder)] if run}
+        if run := notebooks.noted(path, p, folder):
+            seconds[path.stem] = run["seconds"]
     versions = {name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")}
     return {
         "profile": p.profile,
