@@ -269,9 +269,8 @@ def _provenance(p, folder: Path, about: Path) -> dict:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
         before = json.loads(about.read_text(encoding="utf-8"))
         seconds |= before["seconds"] if before["params"] == chosen else {}
-    for path in notebooks.listing():
-        if run := notebooks.noted(path, p, folder):
-            seconds[path.stem] = run["seconds"]
+    runs = {path.stem: notebooks.noted(path, p, folder) for path in notebooks.listing()}
+    seconds |= {name: run["seconds"] for name, run in runs.items() if run}
     versions = {name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")}
     return {
         "profile": p.profile,
@@ -282,7 +281,7 @@ def _provenance(p, folder: Path, about: Path) -> dict:
         "versions": {"python": platform.python_version(), **versions},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": _commit(),
-        "seconds": {path.stem: seconds[path.stem] for path in notebooks.listing() if path.stem in seconds},
+        "seconds": {name: seconds[name] for name in runs if name in seconds},
     }
 
 

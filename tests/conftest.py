@@ -1,11 +1,13 @@
 """What all tests share: no settings of the user, a store of their own, the real image sets."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 GIVEN_DATA = os.environ.pop("FAITHKD_DATA", None)
 
 # Before the package is imported: a user's settings must not change what the tests see, and everything that
@@ -39,6 +41,26 @@ def real_data(monkeypatch) -> Path:
     pytest.skip("the real image sets are not here: set FAITHKD_DATA to a folder that holds them")
 
 
+def in_a_browser(test):
+    """Marks a test that drives a real browser."""
+    none = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+    return pytest.mark.browser(none(test))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The browser; pages lie next to what they load, as after `make book`, and a file may ask for another file."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    flags = "no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+    flags += " disable-sync allow-file-access-from-files"
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=BROWSER, headless=True, args=[f"--{flag}" for flag in flags.split()]
+        )
+        yield browser
+        browser.close()
+
+
 @pytest.fixture
 def brief_auto_attack(monkeypatch):
     """AutoAttack with a fraction of its steps: what is tested is what we make of its points."""
@@ -53,14 +75,6 @@ def brief_auto_attack(monkeypatch):
         return whole(suite, *arguments, **options)
 
     monkeypatch.setattr(AutoAttack, "run_standard_evaluation", run)
-
-
-# The command line, which Ctrl-C reaches also where the tests were started with interrupts ignored (nohup, &).
-LAUNCH = """
-import runpy, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_module("faithkd.cli", run_name="__main__", alter_sys=True)
-"""
 
 
 class Home:
@@ -89,7 +103,7 @@ class Home:
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         """`faithkd ...` as a process, both outputs in one pipe."""
         return subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *arguments],
+            [sys.executable, "-m", "faithkd.cli", *arguments],
             env={**os.environ, **self.environment, **environment},
             cwd=self.folder,
             stdout=subprocess.PIPE,

@@ -1,17 +1,11 @@
-"""The book and the lectures: built without a warning, whole, and without a network; what is dragged is what torch says.
-
-The pictures of what the browser showed are kept in the folder $FAITHKD_SCREENSHOTS, where that is set.
-"""
+"""The book and the lectures: built without a warning, whole, without a network; what is dragged is what torch says."""
 
 import base64
 import itertools
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -19,15 +13,15 @@ from urllib.parse import unquote, urldefrag
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from bs4 import BeautifulSoup
+from conftest import REPOSITORY, in_a_browser
 from test_solutions import CODE, run
 
 from faithkd import experiment, params, watch
 
 BOOK = REPOSITORY / "book"
 DATA = json.loads(watch.DATA.read_text(encoding="utf-8"))
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-LOADS = {("script", "src"), ("img", "src"), ("iframe", "src"), ("source", "src"), ("link", "href")}
+INERT = {"canonical", "search", "next", "prev", "index", "genindex"}  # links that a page has and does not load
 SHEETS = sorted((BOOK / "sheets").glob("*.md"))
 LECTURES = sorted((BOOK / "slides").glob("*.md"))
 
@@ -60,37 +54,25 @@ def parts():
         sys.path.remove(str(BOOK))
 
 
-class Page(HTMLParser):
-    """What a page loads, where it links to, and which anchors it has."""
-
-    def __init__(self, file: Path):
-        super().__init__()
-        self.loads, self.links, self.anchors = [], [], set()
-        self.feed(file.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.anchors |= {found[name] for name in ("id", "name") if found.get(name)}
-        inert = tag == "link" and found.get("rel") in ("canonical", "search", "next", "prev", "index", "genindex")
-        self.loads += [found[name] for kind, name in LOADS if kind == tag and found.get(name) and not inert]
-        if tag == "a" and found.get("href"):
-            self.links.append(found["href"])
-
-
 def broken(folder: Path) -> list[str]:
     """Links and pictures of the pages in a folder that lead nowhere, and whatever is loaded from a network."""
     files = [file for file in folder.rglob("*.html") if "_static" not in file.parts]  # there lie the theme's templates
-    pages, wrong = {file: Page(file) for file in files}, []
+    pages = {file: BeautifulSoup(file.read_text(encoding="utf-8"), "html.parser") for file in files}
+    anchors = {
+        file: {tag.get(name) for tag in page.select("[id], [name]") for name in ("id", "name")}
+        for file, page in pages.items()
+    }
+    wrong = []
     for file, page in pages.items():
-        where = file.relative_to(folder)
-        wrong += [f"{where} loads {one}" for one in page.loads if re.match(r"(\w+:)?//", one)]
-        for link in [*page.links, *(one for one in page.loads if not re.match(r"(\w+:)?//|data:", one))]:
-            if re.match(r"[a-z]+:|//", link):
+        where, loads = file.relative_to(folder), [tag["src"] for tag in page.select("[src]")]
+        loads += [tag["href"] for tag in page.select("link[href]") if not {*tag.get("rel", [])} & INERT]
+        wrong += [f"{where} loads {one}" for one in loads if re.match(r"(\w+:)?//", one)]
+        for link in [*(tag["href"] for tag in page.select("a[href]")), *loads]:
+            if re.match(r"\w+:|//", link):
                 continue
             address, anchor = urldefrag(unquote(link))
             target = (file.parent / address.partition("?")[0]).resolve() if address else file
-            there = target.is_file()
-            if not there or anchor and target in pages and anchor not in pages[target].anchors:
+            if not target.is_file() or anchor and target in pages and anchor not in anchors[target]:
                 wrong.append(f"{where} → {link}")
     return wrong
 
@@ -202,18 +184,6 @@ def leaves(steps):
 # --- in a browser
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    from test_browser import FLAGS
-
-    with sync_api.sync_playwright() as playwright:
-        # Pages lie next to what they load, as after `make book`; a file may ask for another file.
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=[*FLAGS, "--allow-file-access-from-files"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(chromium):
     """A phone, dark, offline; `asked` has what the page wanted from elsewhere, `errors` what went wrong in it."""
@@ -227,11 +197,6 @@ def page(chromium):
     context.close()
 
 
-def picture(page, name: str) -> None:
-    if folder := os.environ.get("FAITHKD_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
 WAITS = """async () => {
     if (window.MathJax && MathJax.startup) await MathJax.startup.promise;
     const images = [...document.images];
@@ -242,8 +207,7 @@ WAITS = """async () => {
 TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+@in_a_browser
 def test_every_page_in_a_browser(built, page):
     files = sorted(
         file for folder in ("", "book", "book/sheets", "notebooks") for file in (built / folder).glob("*.html")
@@ -259,24 +223,20 @@ def test_every_page_in_a_browser(built, page):
         assert page.evaluate("document.documentElement.dataset.theme") == "dark", file.name
         assert page.evaluate(TOO_WIDE) <= 0, file.name
         assert not page.locator("mjx-merror").count(), file.name
-        picture(page, f"{file.stem}-phone-dark")
         page.set_viewport_size({"width": 1280, "height": 900})
         page.emulate_media(color_scheme="light")
         assert page.evaluate(TOO_WIDE) <= 0, file.name
-        picture(page, f"{file.stem}-desk-light")
     assert page.asked == [] and page.errors == []
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+@in_a_browser
 def test_the_book_is_searched(built, page):
     page.goto(f"{(built / 'search.html').as_uri()}?q=EmpLB")
     page.locator("#search-results li a").first.wait_for()
     assert page.locator("#search-results li a[href*='08-']").count()
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+@in_a_browser
 def test_everything_can_be_dragged_and_watched(built, page):
     page.set_viewport_size({"width": 1000, "height": 900})
     page.goto((built / "book/watch.html").as_uri())
@@ -290,12 +250,10 @@ def test_everything_can_be_dragged_and_watched(built, page):
     dragged = figure1.locator("p[aria-live]").inner_text()
     page.keyboard.press("ArrowLeft")
     assert len({before, dragged, figure1.locator("p[aria-live]").inner_text()}) == 3
-    picture(page, "watch-figure1")
     epsilon = page.locator("[data-watch=epsilon]")
     epsilon.locator("input").fill("6")
     assert "ε = 0.3" in epsilon.locator("p[aria-live]").inner_text()
     epsilon.scroll_into_view_if_needed()
-    picture(page, "watch-epsilon")
     for name, count, last in (
         ("attacks", 10, "step 10 of 10"),
         ("ascent", 20, "step 20 of 20"),
@@ -306,7 +264,6 @@ def test_everything_can_be_dragged_and_watched(built, page):
         for _ in range(count):
             root.get_by_role("button", name="Step").click()
         assert last in root.locator("[aria-live]").inner_text()
-        picture(page, f"watch-{name}")
         root.get_by_role("button", name="Start again").click()
         assert last not in root.locator("[aria-live]").inner_text()
         root.get_by_role("button", name="Play").click()
@@ -330,8 +287,7 @@ def _says_what_torch_says(page) -> None:
         assert np.allclose(theirs[1], slope.flatten().numpy(), atol=1e-4)
 
 
-@pytest.mark.browser
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
+@in_a_browser
 @pytest.mark.parametrize("file", LECTURES, ids=lambda file: file.stem)
 def test_a_lecture_is_given_in_a_browser(lectures, page, file):
     page.set_viewport_size({"width": 1280, "height": 720})
@@ -342,7 +298,6 @@ def test_a_lecture_is_given_in_a_browser(lectures, page, file):
     for number in range(1, count + 1):
         assert page.locator("section.shown").count() == 1 and page.url.endswith(f"#{number}")
         assert page.evaluate(TOO_WIDE) <= 0, f"slide {number}"
-        picture(page, f"{file.stem}-slide-{number:02}")
         page.keyboard.press("ArrowRight")
     assert not page.locator("mjx-merror").count()
     assert not page.locator("section.shown aside").is_visible()

@@ -1,7 +1,4 @@
-"""Notebooks 00 and 01 in JupyterLab, driven by a real headless browser: open, Run All Cells, no error.
-
-The pictures of what the browser showed are kept in the folder $FAITHKD_SCREENSHOTS, where that is set.
-"""
+"""Notebooks 00 and 01 in JupyterLab, driven by a real headless browser: open, Run All Cells, no error."""
 
 import contextlib
 import json
@@ -13,31 +10,15 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, in_a_browser
 
 from faithkd import notebooks
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 MINUTES = 10  # for one notebook with nothing computed before, on a slow machine
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -91,55 +72,52 @@ def _wait_for(address: str, server: subprocess.Popen, log) -> None:
     raise AssertionError(log.read_text())
 
 
+@pytest.fixture
+def page(chromium):
+    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(120_000)
+    yield page
+    page.close()
+
+
+@in_a_browser
 @pytest.mark.parametrize("number", ["00", "01"])
-def test_runs_in_jupyterlab(lab, number, tmp_path):
+def test_runs_in_jupyterlab(lab, page, number):
     expect = sync_api.expect
     address, folder = lab
-    picture = Path(os.environ.get("FAITHKD_SCREENSHOTS") or tmp_path).absolute() / f"lab-{number}.png"
     (committed,) = notebooks.pick([number])
     path = folder / "notebooks" / committed.name
     cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for cell in nbformat.read(path, 4).cells)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, headless=True, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(120_000)
-        page.goto(f"{address}/doc/tree/{path.name}")
-        expect(page.locator(".jp-CodeCell")).to_have_count(cells, timeout=120_000)
-        page.locator(".jp-NotebookPanel[data-jp-kernel-status=idle], .jp-Notebook-ExecutionIndicator").first.wait_for()
-        _choose(page, "Edit", "Clear Outputs of All Cells")
-        expect(page.locator(".jp-CodeCell .jp-OutputArea-output")).to_have_count(0)
-        _run_all(page)
-        # The last cell gets a number when all have run; a cell that fails stops the others: look for both.
-        failed = page.locator(".jp-RenderedText pre .ansi-red-fg")
-        ended = page.locator(".jp-InputPrompt", has_text=f"[{cells}]:").or_(failed)
-        ended.first.wait_for(timeout=MINUTES * 60_000)
-        page.screenshot(path=picture)
-        page.keyboard.press("Control+s")
-        executed = _saved(path, cells)
-        browser.close()
+    page.goto(f"{address}/doc/tree/{path.name}")
+    expect(page.locator(".jp-CodeCell")).to_have_count(cells, timeout=120_000)
+    page.locator(".jp-NotebookPanel[data-jp-kernel-status=idle], .jp-Notebook-ExecutionIndicator").first.wait_for()
+    _choose(page, "Edit", "Clear Outputs of All Cells")
+    expect(page.locator(".jp-CodeCell .jp-OutputArea-output")).to_have_count(0)
+    _run_all(page)
+    # The last cell gets a number when all have run; a cell that fails stops the others: look for both.
+    failed = page.locator(".jp-RenderedText pre .ansi-red-fg")
+    ended = page.locator(".jp-InputPrompt", has_text=f"[{cells}]:").or_(failed)
+    ended.first.wait_for(timeout=MINUTES * 60_000)
+    page.keyboard.press("Control+s")
+    executed = _saved(path, cells)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
     assert _kinds(executed) >= _kinds(nbformat.read(committed, as_version=4))
-    assert picture.stat().st_size > 10_000
 
 
-def test_what_is_dragged_in_the_book_is_dragged_here_too(lab):
+@in_a_browser
+def test_what_is_dragged_in_the_book_is_dragged_here_too(lab, page):
     address, folder = lab
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell("from faithkd import watch\n\nwatch.show('ascent')")]
     )
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(notebook, folder / "notebooks" / "watch.ipynb")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, headless=True, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(120_000)
-        page.goto(f"{address}/doc/tree/watch.ipynb")
-        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # before, JupyterLab asks which kernel to run it in
-        _run_all(page)
-        page.locator(".watch").get_by_role("button", name="Step").click()
-        sync_api.expect(page.locator(".watch [aria-live]")).to_contain_text("step 1 of 20")
-        browser.close()
+    page.goto(f"{address}/doc/tree/watch.ipynb")
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()  # before, JupyterLab asks which kernel to run it in
+    _run_all(page)
+    page.locator(".watch").get_by_role("button", name="Step").click()
+    sync_api.expect(page.locator(".watch [aria-live]")).to_contain_text("step 1 of 20")
 
 
 def _kinds(notebook) -> set[str]:

@@ -90,6 +90,7 @@ def rewrite(file, **changes):
 
 
 def refused(name, file, told):
+    """The set is refused, and the message names the file, the trouble and the remedy."""
     with pytest.raises(FaithkdError, match="set FAITHKD_DATA to a folder that holds a sound copy") as caught:
         images.raw(name, False)
     assert str(file) in str(caught.value) and told in str(caught.value), caught.value
@@ -102,42 +103,37 @@ def test_sound_files_are_read(given, name):
     assert labels.tolist() == [9, 1, 2, 3] and labels.dtype == np.int64
 
 
-@pytest.mark.parametrize(
-    ("file", "change", "told"),
-    [
-        (X, lambda b: b"", "invalid literal"),
-        (X, lambda b: b"<html>404</html>" * 100, "it has not the format of MNIST"),
-        (X, lambda b: b[:3000], "shape '[4, 28, 28]' is invalid"),
-        (
-            X,
-            lambda b: b[:4] + sizes(3) + b[8:-784],
-            "images are uint8 of shape (3, 28, 28), not whole numbers of shape (4, 28, 28)",
-        ),
-        (Y, lambda b: b[:4] + sizes(3) + b[8:-1], "labels are int64 of shape (3,), not whole numbers of shape (4,)"),
-        (Y, lambda b: b[:-1] + b"\xc8", "labels are 1 to 200, not 0 to 9"),
-    ],
-)
+DAMAGED_MNIST = [
+    (X, lambda b: b"", "invalid literal"),
+    (X, lambda b: b"<html>404</html>" * 100, "it has not the format of MNIST"),
+    (X, lambda b: b[:3000], "shape '[4, 28, 28]' is invalid"),
+    (
+        X,
+        lambda b: b[:4] + sizes(3) + b[8:-784],
+        "images are uint8 of shape (3, 28, 28), not whole numbers of shape (4,",
+    ),
+    (Y, lambda b: b[:4] + sizes(3) + b[8:-1], "labels are int64 of shape (3,), not whole numbers of shape (4,)"),
+    (Y, lambda b: b[:-1] + b"\xc8", "labels are 1 to 200, not 0 to 9"),
+]
+OTHER_CIFAR10 = [
+    ("y_test", None, "y_test is not a file in the archive"),
+    ("x_test", np.zeros((4, 32, 32, 3)), "images are float64"),
+    ("x_test", np.zeros((4, 3, 32, 32), np.uint8), "shape (4, 3, 32, 32), not whole numbers of shape (4, 32, 32, 3)"),
+    ("x_test", np.full((4, 32, 32, 3), None), "allow_pickle=False"),
+    ("y_test", np.array([0, 1, 2, -1]), "labels are -1 to 2, not 0 to 9"),
+    ("y_test", np.array(["0", "1", "2", "3"]), "labels are <U1"),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "told"), DAMAGED_MNIST)
 def test_damaged_files_of_mnists_format(given, file, change, told):
     (given / file).write_bytes(change((given / file).read_bytes()))
     refused("mnist", given / "MNIST" / "raw" / "t10k-*-ubyte", told)
 
 
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"y_test": None}, "y_test is not a file in the archive"),
-        ({"x_test": np.zeros((4, 32, 32, 3))}, "images are float64"),
-        (
-            {"x_test": np.zeros((4, 3, 32, 32), np.uint8)},
-            "shape (4, 3, 32, 32), not whole numbers of shape (4, 32, 32, 3)",
-        ),
-        ({"x_test": np.full((4, 32, 32, 3), None)}, "allow_pickle=False"),
-        ({"y_test": np.array([0, 1, 2, -1])}, "labels are -1 to 2, not 0 to 9"),
-        ({"y_test": np.array(["0", "1", "2", "3"])}, "labels are <U1"),
-    ],
-)
-def test_array_files_of_another_form(given, changes, told):
-    rewrite(given / "cifar10.npz", **changes)
+@pytest.mark.parametrize(("part", "array", "told"), OTHER_CIFAR10)
+def test_array_files_of_another_form(given, part, array, told):
+    rewrite(given / "cifar10.npz", **{part: array})
     refused("cifar10", given / "cifar10.npz", told)
 
 

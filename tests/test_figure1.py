@@ -24,11 +24,6 @@ def pair() -> tuple[nn.Module, nn.Module]:
     return tuple(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
 
 
-def test_a_margin_is_positive_for_the_class_on_top_alone():
-    soft = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
-    assert figure1.margins(soft, torch.tensor([0, 1, 2])).tolist() == pytest.approx([0.2, -0.2, -0.3])
-
-
 def test_a_clear_disagreement_needs_a_teacher_who_is_right_and_a_student_who_is_wrong():
     right, wrong, y = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.tensor([0])
     scores = [float(figure1.clear_disagreement(*both, y)[1]) for both in ((right, wrong), (wrong, right))]

@@ -7,8 +7,6 @@ import re
 
 import pandas
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from faithkd import params
 from faithkd.errors import FaithkdError
@@ -41,7 +39,7 @@ def edit(home, old, new):
     path = home / "params" / "mine.yaml"
     text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    path.write_text(text.replace(old, new, 1), encoding="utf-8", errors="surrogateescape")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -119,8 +117,7 @@ def test_overrides_of_all_forms():
     for overrides in ({"train.epochs": 2}, ["train.epochs=2"], "train.epochs=2", ["train.epochs = 2"]):
         p = params.load("mnist", overrides)
         assert p.train.epochs == 2 and p.overrides == {"train.epochs": 2} and p.name == "mnist+train.epochs=2"
-    for nothing in (None, {}, [], ""):
-        assert params.load("mnist", nothing) == params.load("mnist")
+    assert all(params.load("mnist", nothing) == params.load("mnist") for nothing in (None, {}, [], ""))
     p = params.load("mnist", ["evaluate.eps=[8/255, 0.1]", "train.FD.learning_rate=0.1/2", "device=cuda:1"])
     assert p.evaluate.eps == [8 / 255, 0.1] and str(p.evaluate.eps[0]) == "8/255"
     assert p.train.FD.learning_rate == 0.05 and p.device == "cuda:1"
@@ -128,14 +125,11 @@ def test_overrides_of_all_forms():
     assert params.load("mnist", json.loads(json.dumps(p.overrides))) == p  # the way through papermill
 
 
-def test_an_override_shows_in_the_table():
+def test_an_override_shows_in_the_table_also_of_a_group_given_whole():
     table = described(params.load("mnist", {"train.epochs": 2})).set_index("name")
     assert table.value["train.epochs"] == "2"
     assert table.reason["train.epochs"] == "override (profile: 64; §A.1)"
     assert table.reason["train.patience"] == "§A.1"
-
-
-def test_histograms_may_be_given_whole_or_one_by_one():
     whole = params.load("digits", ["evaluate.histograms={fig2: 7}"])
     assert whole.evaluate.histograms == {"fig2": 7}
     assert params.load("digits", ["evaluate.histograms.fig2=7"]).evaluate.histograms == {"fig2": 7, "fig3": 1}
@@ -217,7 +211,6 @@ def test_convolutional_nets_need_colour_images():
 
 
 def test_mistakes_in_a_profile_name_the_file(home):
-    assert params.load("mine").train.epochs == params.load("mine", None).train.epochs
     edit(home, "  epochs:", "  epoch:")
     message = refusal("mine")
     assert "params/mine.yaml: train.epochs: Field required" in message
@@ -233,21 +226,13 @@ def test_mistakes_in_a_profile_name_the_file(home):
         ("seed: 0", "overrides: {}\nseed: 0", "params/mine.yaml: overrides is not set in a profile"),
         ("seed: 0", "7: x\nseed: 0", "params/mine.yaml: [7]"),
         ("    kind: fully_connected", "    shape: round", "params/mine.yaml: models.teacher: Unable to extract tag"),
+        ("seed: 0", "seed: \udcff", "params/mine.yaml: 'utf-8' codec can't decode byte 0xff"),
+        ("seed: 0", "seed: 2024-99-99", "params/mine.yaml: month must be in 1..12"),
     ],
 )
 def test_broken_profiles_are_told_by_line_or_name(home, old, new, what):
     edit(home, old, new)
     assert what in refusal("mine")
-
-
-@pytest.mark.parametrize(
-    ("content", "what"), [(b"seed: \xff", "codec"), (b"seed: 2024-99-99", "month"), (None, "Is a d")]
-)
-def test_profiles_that_are_no_text(home, content, what):
-    path = home / "params" / "mine.yaml"
-    path.unlink()
-    path.mkdir() if content is None else path.write_bytes(content)
-    assert refusal("mine").startswith("params/mine.yaml") and what in refusal("mine")
 
 
 def test_empty_profiles_and_missing_folders(home):
@@ -295,14 +280,10 @@ def test_ratio_keeps_its_text_and_is_a_number():
     for same in (Ratio(r), copy.deepcopy(r), pickle.loads(pickle.dumps(r))):
         assert same == r and str(same) == "8/255"
     assert Ratio("0.04/32") == 0.04 / 32 and str(Ratio(1)) == "1" and str(Ratio(" 0.10 ")) == "0.10"
+    assert Ratio(0.1 + 0.2) == 0.1 + 0.2 == Ratio(str(Ratio(0.1 + 0.2)))
     for wrong in ("", "x", "1/0", "1/2/3", "nan", "inf", "1e999", float("nan"), True, None, [1], "1_0"):
         with pytest.raises(ValueError, match="finite number"):
             Ratio(wrong)
-
-
-@given(st.floats(allow_nan=False, allow_infinity=False))
-def test_ratio_of_a_float_is_that_float(x):
-    assert Ratio(x) == x == Ratio(str(Ratio(x)))
 
 
 def test_dump_keeps_what_was_written():

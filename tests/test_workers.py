@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -137,36 +136,22 @@ def test_one_process_several_and_a_cluster_make_the_same_table(monkeypatch, tmp_
         list(workers.run([partial(params.load, name) for name in ("smoke", "mnst", "digits")]))
 
 
-STUCK = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
-import test_workers
-from faithkd.reproduce import measuring
-real = measuring.MAKERS["FaithUB"]
-def stuck(*arguments):
-    if arguments[-1] == 0.2:
-        time.sleep(600)
-    return real(*arguments)
-measuring.MAKERS["FaithUB"], measuring.QUICK = stuck, ()
-test_workers.sweep()
-"""
-
-
-def test_a_killed_sweep_goes_on_where_it_was(monkeypatch, tmp_path):
-    """Nothing depends on timing: all pieces of the second radius are stuck, so that just the others are finished."""
-    (tmp_path / "stuck.py").write_text(STUCK)
-    command = [sys.executable, str(tmp_path / "stuck.py"), os.path.dirname(__file__)]
-    process, finished = subprocess.Popen(command, env={**os.environ, "FAITHKD_JOBS": "1"}), 2 + 4
-    try:
-        until(lambda: len(stored()) == finished or process.poll() is not None)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(60)
-    made, real = [], measuring.MAKERS["FaithUB"]
-    monkeypatch.setitem(measuring.MAKERS, "FaithUB", lambda *arguments: made.append(arguments) or real(*arguments))
+def test_a_stopped_sweep_goes_on_where_it_was(monkeypatch, tmp_path):
     monkeypatch.setenv("FAITHKD_JOBS", "1")
+    made, real = [], measuring.MAKERS["FaithUB"]
+
+    def stopped(*given):
+        if given[-1] == 0.2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(measuring.MAKERS, "FaithUB", stopped)
+        sweep()
+    assert len(stored()) == 2 + 4, "EmpLB at both radii, FaithUB at the first"
+    monkeypatch.setitem(measuring.MAKERS, "FaithUB", lambda *given: made.append(given[-1]) or real(*given))
     again = sweep()
-    assert len(made) == 4 and all(arguments[-1] == 0.2 for arguments in made)
+    assert made == [0.2] * 4
     monkeypatch.setenv("FAITHKD_STORE", str(tmp_path / "another"))
     pd.testing.assert_frame_equal(again, sweep(), check_exact=True)
 
@@ -178,7 +163,7 @@ def test_an_error_and_a_dead_worker_are_the_callers(monkeypatch):
     with pytest.raises(FaithkdError, match="worker process ended abruptly"):
         list(workers.run([partial(os._exit, 1)] * 2))
     with pytest.raises(FaithkdError, match="another version of faithkd"):
-        measuring._make(-1, list)
+        measuring._make(-1, "EmpLB", None, None, [])
 
 
 @pytest.mark.parametrize("text", ["many", "0", "-3", "2.5", "²"])

@@ -91,7 +91,7 @@ def _interval(values: np.ndarray, alpha: float) -> np.ndarray:
     ends, differ = np.stack([values[:, 0]] * 2), np.ptp(values, axis=1) > NOISE
     if differ.any():
         some = values[differ]
-        found = bootstrap((some,), _mean, confidence_level=1 - alpha, method="BCa", **_resampling(some))
+        found = bootstrap((some,), np.mean, confidence_level=1 - alpha, method="BCa", **_resampling(some))
         ends[:, differ] = found.confidence_interval
     return ends
 
@@ -101,11 +101,7 @@ def _flips(values: np.ndarray) -> np.ndarray:
     if values.shape[1] < LEAST_SEEDS:
         return np.full(len(values), np.nan)
     how = {"permutation_type": "samples", "alternative": "greater", **_resampling(values)}
-    return permutation_test((values,), _mean, **how).pvalue
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    return values.mean(axis=axis)
+    return permutation_test((values,), np.mean, **how).pvalue
 
 
 def _resampling(values: np.ndarray) -> dict:

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from faithkd.core import data
-from faithkd.errors import FaithkdError
 from faithkd.report import ledger, tables
 from faithkd.report.decide import MARGIN
 from faithkd.report.paper import STUDENTS
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 COLOURS = {"RT": "#4d4d4d", "SD": "#E69F00", "ARD": "#56B4E9", "RSLAD": "#009E73", "FD": "#CC3377"}
 MARKERS = {"RT": "o", "SD": "s", "ARD": "^", "RSLAD": "D", "FD": "P"}
 LOWER, UPPER = "#3B6FB6", "#D1602E"  # EmpLB and FaithUB
-_BOUNDS = dict(zip(tables.BOUNDS, (LOWER, UPPER), strict=True))
 # Processors round differently, and then a step of PGD may turn: one image's EmpLB moves by up to 7e-4, means far less.
 # One image of a thousand that counts otherwise changes a share by 0.1 %: that is more, and is written.
 ROUNDING = {"rtol": 5e-4, "atol": 1e-3}
@@ -46,20 +44,18 @@ def style() -> None:
         pictures = shell.display_formatter.formatters["image/png"]
         draw = pictures.for_type(Figure)
         pictures.for_type(Figure, lambda figure: (draw(figure), {"alt": described(figure)}))
-    sns.set_theme(context="notebook", style="ticks", font_scale=0.85)
-    plt.rcParams.update(
-        {
-            "figure.dpi": 100,
-            "savefig.dpi": 160,
-            "savefig.bbox": "tight",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": "medium",
-            "legend.frameon": False,
-            "pdf.fonttype": 42,
-            "figure.constrained_layout.use": True,
-        }
-    )
+    look = {
+        "figure.dpi": 100,
+        "savefig.dpi": 160,
+        "savefig.bbox": "tight",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "legend.frameon": False,
+        "pdf.fonttype": 42,
+        "figure.constrained_layout.use": True,
+    }
+    sns.set_theme(style="ticks", font_scale=0.85, rc=look)
 
 
 def described(figure: Figure) -> str:
@@ -85,23 +81,18 @@ def save(p: "Params", name: str, figure: Figure | None, frame: pd.DataFrame) -> 
     """Write a figure, if there is one, as `<name>.pdf` and `.png`, and its data as `<name>.csv` to figures/<profile>/.
 
     Where the files are there and hold the same numbers, up to the rounding in which processors differ, they are left
-    alone. They hold no dates. Raises FaithkdError when the folder cannot be written to.
+    alone. They hold no dates.
     """
     files = [p.figures_dir / f"{name}.{kind}" for kind in (("pdf", "png", "csv") if figure else ("csv",))]
     fresh = not all(file.is_file() for file in files) or not same(frame, files[-1])
-    try:
-        if fresh:
-            p.figures_dir.mkdir(parents=True, exist_ok=True)
-            frame.to_csv(files[-1], index=False, lineterminator="\n")
-        if fresh and figure:
-            # savefig gives a figure without a layout engine the default one for its next drawing: so none is default.
-            with plt.rc_context({"figure.constrained_layout.use": figure.get_layout_engine() is not None}):
-                figure.savefig(files[0], metadata={"CreationDate": None, "ModDate": None})
-                figure.savefig(files[1], metadata={"Software": None})
-    except OSError as error:
-        raise FaithkdError(
-            f"cannot write {name} to {p.figures_dir}: {error.strerror or error}; give permission there"
-        ) from None
+    if fresh:
+        p.figures_dir.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(files[-1], index=False, lineterminator="\n")
+    if fresh and figure:
+        # savefig gives a figure without a layout engine the default one for its next drawing: so none is default.
+        with plt.rc_context({"figure.constrained_layout.use": figure.get_layout_engine() is not None}):
+            figure.savefig(files[0], metadata={"CreationDate": None, "ModDate": None})
+            figure.savefig(files[1], metadata={"Software": None})
     if log := os.environ.get("FAITHKD_OUTPUTS"):  # the runner sees later whether they are still there
         with open(log, "a", encoding="utf-8") as notes:
             notes.writelines(json.dumps({"path": str(file), "written": fresh}) + "\n" for file in files)
@@ -269,7 +260,7 @@ def histograms(faithfulness: pd.DataFrame) -> Figure:
     for row, method in zip(grid, methods, strict=True):
         for axes, eps in zip(row, radii, strict=True):
             part = faithfulness[(faithfulness["method"] == method) & (faithfulness["eps"] == eps)]
-            for bound, colour in _BOUNDS.items():
+            for bound, colour in zip(tables.BOUNDS, (LOWER, UPPER), strict=True):
                 look = {"binrange": (0, 1), "stat": "percent", "element": "step", "alpha": 0.45}
                 sns.histplot(part, x=bound, bins=25, color=colour, label=bound, ax=axes, **look)
                 axes.axvline(part[bound].mean(), color=colour, ls=":", lw=1.5)

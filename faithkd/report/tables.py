@@ -37,14 +37,11 @@ def table1(robustness: pd.DataFrame) -> pd.DataFrame:
 
     `robustness` has a row per (dataset, eps, method, image) with bool `robust`, and `agrees` for students.
     """
-    mean = robustness.groupby(["dataset", "eps", "method"], sort=False)[["robust", "agrees"]].mean() * 100
-    wide = mean.unstack("method")
+    wide = 100 * robustness.pivot_table(["robust", "agrees"], ["dataset", "eps"], "method", sort=False)
     methods = [m for m in ("RT", *STUDENTS) if m in set(robustness["method"])]
     columns = {("robust", m): f"robust_accuracy_{m}" for m in methods}
     columns |= {("agrees", m): f"agreement_{m}" for m in methods if m != "RT"}
-    wide = wide[list(columns)].set_axis(list(columns.values()), axis=1)
-    order = list(dict.fromkeys(zip(robustness["dataset"], robustness["eps"], strict=True)))
-    return wide.loc[order].reset_index()
+    return wide[list(columns)].set_axis(list(columns.values()), axis=1).reset_index()
 
 
 def table2(faithfulness: pd.DataFrame, by: str = "method") -> pd.DataFrame:
@@ -53,13 +50,11 @@ def table2(faithfulness: pd.DataFrame, by: str = "method") -> pd.DataFrame:
     `faithfulness` has a row per (dataset, eps, method or alpha, image) with columns EmpLB and FaithUB. The standard
     deviation is the paper's: over the images, of one teacher and one student (population form).
     """
-    long = faithfulness.melt(
-        id_vars=["dataset", "eps", by], value_vars=list(BOUNDS), var_name="bound", value_name="value"
-    )
+    long = faithfulness.melt(["dataset", "eps", by], list(BOUNDS), "bound")
     groups = long.groupby(["dataset", "eps", "bound", by], sort=False)["value"]
     result = groups.agg(mean="mean", std=lambda v: float(np.std(v)), images="count").reset_index()
-    order = {value: place for place, value in enumerate(dict.fromkeys(faithfulness["eps"]))}
-    return result.sort_values("eps", key=lambda e: e.map(order), kind="stable", ignore_index=True)
+    order = list(faithfulness["eps"].unique())
+    return result.sort_values("eps", key=lambda eps: eps.map(order.index), kind="stable", ignore_index=True)
 
 
 def parts(frame: pd.DataFrame, size: int):

@@ -26,6 +26,7 @@ from faithkd.reproduce.params import Params, plain
 QUICK = ("interval", "crown")
 SLOW_PIECE = 10
 RUNGS = ("interval", "crown", "alpha-crown", "joint")  # steps below `best` that take seconds at most
+TOGETHER = ("FaithUB", "best")  # kinds in which the teacher is bounded once for all students
 LOWER = ("EmpLB", "StrongLB", "BestLB")  # columns with lower bounds; all other numbers are upper bounds
 
 
@@ -68,9 +69,8 @@ class Piece:
 
     @property
     def company(self) -> tuple:
-        """What is the same for pieces that one call makes: in bounds the teacher is bounded once for all students."""
-        alone = self.kind not in ("FaithUB", "best")
-        return self.kind, self.eps, self.first, id(self.guide), id(self if alone else None)
+        """What is the same for pieces that one call makes."""
+        return self.kind, self.eps, self.first, id(self.guide), None if self.kind in TOGETHER else id(self)
 
 
 def bracketed(p: Params, guide: nn.Module, nets: dict, radii, images: Split) -> pd.DataFrame:
@@ -195,14 +195,16 @@ def _call(pieces: list[Piece]) -> Callable[[], list[pd.DataFrame]]:
     one = pieces[0]
     images = one.images[torch.arange(len(one.images))]  # a copy: a tensor's whole memory would go along
     given = one.p, one.guide, [piece.network for piece in pieces], images, float(one.eps)
-    return partial(_make, recipes.MEASURING, MAKERS[one.kind], *given)
+    return partial(_make, recipes.MEASURING, one.kind, *given)
 
 
-def _make(recipe: int, make: Callable, *given) -> list[pd.DataFrame]:
+def _make(recipe: int, kind: str, p: Params, guide: nn.Module | None, networks: list, *where) -> list[pd.DataFrame]:
     """The content of pieces; refused where a worker has another version of the package than this process."""
     if recipe != recipes.MEASURING:
         raise FaithkdError("a worker has another version of faithkd than this process: start the cluster anew")
-    return make(*given)
+    if kind in TOGETHER:
+        return MAKERS[kind](p, guide, networks, *where)
+    return [MAKERS[kind](p, guide, network, *where) for network in networks]
 
 
 def checked(frame: pd.DataFrame, lows: list[str], highs: list[str]) -> pd.DataFrame:
@@ -214,35 +216,30 @@ def checked(frame: pd.DataFrame, lows: list[str], highs: list[str]) -> pd.DataFr
     return frame
 
 
-# --- what makes the pieces, a table for each network
+# --- what makes the pieces: a table of one network, or one for each of those bounded together
 
 
-def _lower_bound(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
-    return [pd.DataFrame({"EmpLB": lower_bound(p, guide, each, images, eps).values.numpy()}) for each in networks]
+def _lower_bound(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
+    return pd.DataFrame({"EmpLB": lower_bound(p, guide, network, images, eps).values.numpy()})
 
 
-def _robustness(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
-    frames = []
-    for network in networks:
-        robust = evaluation.robust(network, images.x, images.y, eps, **search(p)).holds
-        agrees = evaluation.agreement(guide, network, images.x, eps, **search(p)).holds
-        frames.append(pd.DataFrame({"robust": robust.numpy(), "agrees": agrees.numpy()}))
-    return frames
+def _robustness(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
+    robust = evaluation.robust(network, images.x, images.y, eps, **search(p)).holds
+    agrees = evaluation.agreement(guide, network, images.x, eps, **search(p)).holds
+    return pd.DataFrame({"robust": robust.numpy(), "agrees": agrees.numpy()})
 
 
-def _auto_attack(p: Params, _guide, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
-    options, frames = {"seed": p.seed, "clip": data.clip_range(p), "version": p.evaluate.autoattack.version}, []
-    for network in networks:
-        pgd = evaluation.robust(network, images.x, images.y, eps, **search(p)).holds
-        auto = evaluation.auto_attack(network, images.x, images.y, eps, **options).holds
-        frames.append(pd.DataFrame({"PGD": pgd.numpy(), "AutoAttack": auto.numpy(), "both": (pgd & auto).numpy()}))
-    return frames
+def _auto_attack(p: Params, _guide, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
+    options = {"seed": p.seed, "clip": data.clip_range(p), "version": p.evaluate.autoattack.version}
+    pgd = evaluation.robust(network, images.x, images.y, eps, **search(p)).holds
+    auto = evaluation.auto_attack(network, images.x, images.y, eps, **options).holds
+    return pd.DataFrame({"PGD": pgd.numpy(), "AutoAttack": auto.numpy(), "both": (pgd & auto).numpy()})
 
 
-def _strong(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
+def _strong(p: Params, guide: nn.Module, network: nn.Module, images: Split, eps: float) -> pd.DataFrame:
     options = {**search(p), **p.evaluate.strong.model_dump(include={"classes", "restarts"})}
-    found = [evaluation.strong_lower_bound(guide, network, images.x, eps, **options) for network in networks]
-    return [pd.DataFrame({"StrongLB": bound.values.numpy()}) for bound in found]
+    found = evaluation.strong_lower_bound(guide, network, images.x, eps, **options)
+    return pd.DataFrame({"StrongLB": found.values.numpy()})
 
 
 def _upper_bound(p: Params, guide: nn.Module, networks: list, images: Split, eps: float) -> list[pd.DataFrame]:
