@@ -1,4 +1,4 @@
-"""Each loss equals its formula on cases worked out by hand, and its limits hold."""
+"""Each loss, and what its attack climbs, equals its formula on cases worked out by hand."""
 
 import math
 
@@ -27,10 +27,10 @@ def logit(*confidences):
     return [math.log(c) for c in confidences]
 
 
-CLEAN, PERTURBED = torch.tensor([[0.0]]), torch.tensor([[1.0]])
+CLEAN, PERTURBED = torch.tensor([[0.0]] * 2), torch.tensor([[1.0]] * 2)  # twice, as losses are means over a batch
 STUDENT = Fixed({0.0: logit(0.5, 0.5), 1.0: logit(0.2, 0.8)})
 TEACHER = Fixed({0.0: logit(0.8, 0.2), 1.0: logit(0.6, 0.4)})
-LABEL = torch.tensor([0])
+LABEL = torch.tensor([0, 0])
 
 
 def kl_by_hand(teacher, student):
@@ -71,7 +71,7 @@ def test_attacks_ascend_their_objectives():
     assert METHODS["SD"].attack is None
     for name, value in expected.items():
         objective = METHODS[name].attack(STUDENT, TEACHER, CLEAN, LABEL)
-        assert objective(PERTURBED).tolist() == pytest.approx([value], rel=1e-12), name
+        assert objective(PERTURBED).tolist() == pytest.approx([value] * 2, rel=1e-12), name
 
 
 def test_kl_is_teacher_from_student_and_summed_over_classes_averaged_over_images():
@@ -95,7 +95,7 @@ def test_the_other_direction_is_student_from_teacher_in_loss_and_attack():
         assert float(value) == pytest.approx(by_hand[name], rel=1e-12), name
         if name in ("RSLAD", "FD"):
             found = reverse.attack(STUDENT, TEACHER, CLEAN, LABEL)(PERTURBED)
-            assert found.tolist() == pytest.approx([by_hand[name]], rel=1e-12), name
+            assert found.tolist() == pytest.approx([by_hand[name]] * 2, rel=1e-12), name
     assert losses.reversed_kl(METHODS["SD"]).attack is None
 
 
@@ -105,39 +105,3 @@ def test_a_loss_of_ones_own_without_a_direction_cannot_be_reversed():
 
     with pytest.raises(FaithkdError, match=r"train.kl=reverse: plain of my own has no argument `divergence`"):
         losses.reversed_kl(losses.Method(plain, None, "my own"))
-
-
-def random_pair(seed=0):
-    torch.manual_seed(seed)
-    student = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
-    teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
-    return student, teacher, torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 0, 1])
-
-
-def test_at_eps_zero_fd_and_ard_are_sd():
-    student, teacher, x, y = random_pair()
-    values = [METHODS[name].loss(student, teacher, x, x, y, 0.5, 2.0).item() for name in ("SD", "ARD", "FD")]
-    assert values == pytest.approx([values[0]] * 3, rel=1e-12)
-
-
-def test_a_constant_teacher_makes_fd_rslad_and_ard_one():
-    """§5: FD and RSLAD meet as f_t(x + δ₀) → f_t(x); with α = 1 and T = 1 the three losses are one."""
-    student, _, x, y = random_pair()
-    constant = nn.Linear(4, 3).double()
-    nn.init.zeros_(constant.weight)
-    values = [METHODS[n].loss(student, constant, x, x + 0.3, y, 1.0, 1.0).item() for n in ("FD", "RSLAD", "ARD")]
-    assert values == pytest.approx([values[0]] * 3, rel=1e-12)
-    objectives = [METHODS[n].attack(student, constant, x, y)(x + 0.3) for n in ("FD", "RSLAD")]
-    assert torch.allclose(*objectives, rtol=1e-12)
-
-
-@pytest.mark.parametrize("temperature", [3.0, 8.0])
-def test_t_squared_keeps_the_gradient_at_one_scale(temperature):
-    """Hinton et al.: gradients of the soft term fall like 1/T², so T² KL keeps its weight as T changes."""
-    small, small_teacher = (0.01 * logits for logits in torch.randn(2, 5, 3).double())  # in whose limit it is exact
-    gradients = []
-    for t in (1.0, temperature):
-        z = small.clone().requires_grad_(True)
-        losses.sd(lambda _, z=z: z, lambda _: small_teacher, None, None, torch.zeros(5).long(), 1.0, t).backward()
-        gradients.append(z.grad.norm().item())
-    assert gradients[1] == pytest.approx(gradients[0], rel=0.02)

@@ -24,21 +24,19 @@ def test_table_4_as_printed():
     p = params.load("cifar10")
     for architecture, (one, width) in ((p.models.teacher, (8, 128)), (p.models.student, (6, 64))):
         network = models.build(architecture, (3, 32, 32), seed=0)
-        kinds = [type(layer).__name__ for layer in network]
-        assert kinds == [
-            *("Conv2d", "ReLU", "MaxPool2d", "Conv2d", "ReLU", "Conv2d"),
-            *("Flatten", "Linear", "ReLU", "Linear", "ReLU", "Linear"),
-        ]
-        first, pool, second, third = (network[k] for k in (0, 2, 3, 5))
-        assert (first.in_channels, first.out_channels, first.kernel_size, first.stride) == (3, one, (3, 3), (2, 2))
-        assert (pool.kernel_size, pool.stride) == (2, 2)
-        assert (second.out_channels, second.stride, second.padding) == (16, (2, 2), (1, 1))
-        assert (third.in_channels, third.out_channels, third.stride, third.padding) == (16, 32, (1, 1), (0, 0))
-        linear = [layer for layer in network if isinstance(layer, nn.Linear)]
-        assert [(m.in_features, m.out_features) for m in linear] == [
-            (128, width),
-            (width, width // 2),
-            (width // 2, 10),
+        assert [str(layer) for layer in network] == [
+            f"Conv2d(3, {one}, kernel_size=(3, 3), stride=(2, 2))",
+            "ReLU()",
+            "MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)",
+            f"Conv2d({one}, 16, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1))",
+            "ReLU()",
+            "Conv2d(16, 32, kernel_size=(3, 3), stride=(1, 1))",
+            "Flatten(start_dim=1, end_dim=-1)",
+            f"Linear(in_features=128, out_features={width}, bias=True)",
+            "ReLU()",
+            f"Linear(in_features={width}, out_features={width // 2}, bias=True)",
+            "ReLU()",
+            f"Linear(in_features={width // 2}, out_features=10, bias=True)",
         ]
         assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
