@@ -35,6 +35,7 @@ def test_a_notebook_borrows_functions_of_another():
         teaching.functions("09", "bracket")
 
 
+@pytest.mark.usefixtures("brief_auto_attack")
 @pytest.mark.filterwarnings("default")  # a kernel shows them and goes on
 @pytest.mark.parametrize("path", notebooks.listing(), ids=lambda path: path.stem)
 def test_solutions_run_and_checks_tell_a_stub(path, tmp_path, monkeypatch):

@@ -39,7 +39,8 @@ def renew(notebooks: list[Path]) -> None:
 
 def readme(text: str, notebooks: list[Path]) -> str:
     """README.md with its tables of notebooks and of profiles made anew from the notebooks and the committed figures."""
-    return _renewed("README.md", text, notebooks=_contents(notebooks), numbers=_expectations())
+    blocks = {"verdicts": _verdicts(), "notebooks": _contents(notebooks), "numbers": _expectations()}
+    return _renewed("README.md", text, **blocks)
 
 
 def paper_page(text: str) -> str:
@@ -139,6 +140,20 @@ def _claims() -> list[str]:
     alt = "a line for each claim and radius: its mean margin and range over the seeds; right of zero the claim is right"
     pictures = [f"![{name}: {alt}](figures/{name}/claims.png)\n" for name in found if found[name]["claimed"].all()]
     return [*ledger.page(found), "", *pictures]
+
+
+def _verdicts() -> list[str]:
+    """A row for each claim, with the verdict at its weakest radius; in brackets what the paper claims elsewhere."""
+    found = {profile: table for profile, table in _committed("claims").items() if table["claimed"].all()}
+    judged = {profile: ledger.overview(table).set_index("claim") for profile, table in found.items()}
+    rows = []
+    for claim, text in pd.concat([table["text"] for table in judged.values()]).groupby(level=0).last().items():
+        told = [table.loc[claim] if claim in table.index else None for table in judged.values()]
+        other = ["" if row is None or row["text"] == text else f" ({row['text']})" for row in told]
+        said = ["" if row is None else f"{row['mark']} {row['verdict']}" for row in told]
+        rows.append([f"{claim}: {text}", *map("".join, zip(said, other, strict=True))])
+    heads = [f"`{profile}`, {table['seeds'].max()} seeds" for profile, table in found.items()]
+    return _table(["claim of the paper", *heads], rows)
 
 
 def _numbers() -> list[str]:
