@@ -9,7 +9,6 @@ from torch import nn
 
 from faithkd.bounds import domains, faithfulness_upper_bound, linear, rows
 from faithkd.bounds import graph as net
-from faithkd.bounds.alone import apart
 
 
 class Branches(nn.Module):
@@ -61,17 +60,6 @@ def test_nothing_that_is_reached_lies_outside(name, network, shape):
     for (low, high), (old_low, old_high) in zip(found.bounds, root.bounds, strict=True):
         assert (low >= old_low).all() and (high <= old_high).all()
     assert (found.highest <= root.highest).all()
-    other = rows.narrowed(domains.root(net.prepare(network, shape), 1, *root.bounds[0]), 8)
-    nothing, most = torch.zeros(2, dtype=torch.float64), torch.full((2,), 60)
-    trees, made = rows.decided(rows.forest((found, other)), torch.ones(2, 2, 3).double(), nothing, most)
-    both = trees.roots
-    assert (made > 0).any() and (both[0].highest <= found.highest).all()
-    for q, part in enumerate(both):
-        assert outside(part, part, x) < 1e-12 and part.q == q
-    before, after = (apart([part.odds for part in pair]).amax((1, 2)) for pair in ((found, other), both))
-    assert (after <= before).all()
-    if name.startswith("dense") and before.max() > 0.2:
-        assert (after < before - 1e-3).any()
 
 
 def test_rows_of_small_trees_are_nearly_exact():

@@ -27,11 +27,13 @@ from faithkd.bounds.domains import (
     loosest,
     rank_in,
     rebox,
+    setting,
     whole,
     with_inputs,
 )
 from faithkd.bounds.linear import Dual, backward
 from faithkd.bounds.operators import Box
+from faithkd.bounds.softmax import class_bounds
 
 NEARLY = 0.9  # a bound above this share of eq. (11) gains nothing yet from the shared input
 WIDTH = 4  # domains of one image and network that are split at once: those with the worst range
@@ -50,8 +52,8 @@ class Tree(Table):
 
 def apart(odds: tuple[Box, Box]) -> Tensor:
     """Eq. (11) of each order and class from the ranges of both networks' log-odds: `(N, 2, C)`."""
-    (low_t, high_t), (low_s, high_s) = ((torch.sigmoid(end) for end in ends) for ends in odds)
-    return (torch.stack([high_t - low_s, high_s - low_t], 1) + 2.0**-50).clamp(0, 1)
+    confidences = (tuple(torch.sigmoid(end) for end in ends) for ends in odds)
+    return (class_bounds(*confidences) + 2.0**-50).clamp(0, 1)
 
 
 def plant(root: Root) -> Tree:
@@ -173,5 +175,5 @@ def where_to_split(root: Root, tree: Tree, upper: Tensor, label: Tensor) -> tupl
     low_weights, high_weights = (part.masked_fill(own.bool(), -math.inf).softmax(1) for part in (up, -down))
     row = torch.where(upper[:, None], own - high_weights, low_weights - own)
     domains = tree.domains
-    place = loosest((root,), [lines_of(root, domains)], [row], [Dual()], ball_of(root, domains))
+    place = loosest((root,), setting((root,), domains), [row], [Dual()])
     return place.splits, ~place.settled | place.moves

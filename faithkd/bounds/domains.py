@@ -1,4 +1,4 @@
-"""Parts of a ball on which some ReLUs are known to be on or off: what all searches, `alone` and `search`, stand on.
+"""Parts of a ball on which some ReLUs are known to be on or off: what all searches stand on.
 
 Splitting a ReLU makes two domains which together cover the first; the boxes of all later nodes are then computed anew.
 Where no ReLU is left, the input is halved instead, as "node 0 of network BOTH", so that a search converges on whatever
@@ -6,12 +6,15 @@ is still loose.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from faithkd.bounds.descent import Range, minimise
 from faithkd.bounds.graph import Network
 from faithkd.bounds.linear import (
     STEPS,
@@ -19,6 +22,7 @@ from faithkd.bounds.linear import (
     Slopes,
     crown,
     difference_pairs,
+    over_ball,
     pull,
     refine,
     row_differences,
@@ -31,6 +35,15 @@ BOTH = -1  # the network of a split of the input, which both networks share
 SPREAD = 1.0  # weight of a unit's whole triangle in its score, beside the gap at the worst point
 ROOM = 128 * 2**20  # bytes of one image's table, past which its search ends: with copies, a process stays below 0.5 GB
 ROUNDING = 2.0**-44  # hundreds of times what the few operations on a row's coefficients can be off by
+RANGES = {  # of what a descent moves
+    "w": Range(0.25),
+    "k": Range(0.25, -12, 2),  # neither 0 nor huge
+    "s": Range(0.25),
+    "cut": Range(0.05),
+    "slopes": Range(0.25, 0, 1),
+    "push": Range(0.05, 0),
+}
+FALL = 0.9  # of a step in each next one
 
 
 def mapped(function, first, *others):
@@ -44,19 +57,48 @@ def mapped(function, first, *others):
     if isinstance(first, Table):
         trees = [{part.name: getattr(tree, part.name) for part in fields(tree)} for tree in (first, *others)]
         return type(first)(**mapped(function, *trees))
-    return function(first, *others)
+    return first if isinstance(first, Network | int) else function(first, *others)
+
+
+def paths(tree, *path) -> dict[tuple, Tensor]:
+    """The tensors of a tree of dictionaries, by their paths."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {place: part for name, branch in tree.items() for place, part in paths(branch, *path, name).items()}
 
 
 class Table:
     """A dataclass whose tensors have one entry per item of the table, and are indexed together."""
 
-    def __getitem__(self, index: Tensor):
+    FREE: ClassVar = ()  # the columns with what may be chosen freely, a key of RANGES each
+
+    def __getitem__(self, index: Tensor) -> Self:
         """The items at `index`, a mask or numbers."""
         return mapped(lambda column: column[index], self)
 
-    def join(self, *others):
+    def join(self, *others) -> Self:
         """This table and others, one below the other."""
         return mapped(lambda *columns: torch.cat(columns), self, *others)
+
+    def free(self) -> dict[tuple, Tensor]:
+        """All that is FREE, by column and, where that is a tree, path."""
+        return paths({name: getattr(self, name) for name in self.FREE})
+
+    def having(self, free: dict[tuple, Tensor]) -> Self:
+        """The table with other entries of `free`, in its order."""
+        parts = iter(free.values())
+        return replace(self, **{name: mapped(lambda _: next(parts), getattr(self, name)) for name in self.FREE})
+
+    def descended(self, value_of: Callable[[Self], Tensor], steps: int) -> Self:
+        """With what is FREE where `value_of` it, in float32, was smallest on a descent: nothing is certified yet."""
+        before = self.free()
+        if not before:
+            return self
+        rough = mapped(lambda part: part.float() if part.is_floating_point() else part, self)
+        ranges = {path: RANGES[path[0]] for path in before}
+        now = mapped(torch.clone, rough.free())
+        kept = minimise(lambda free: value_of(rough.having(free)), now, steps, ranges, FALL)
+        return self.having({path: part.to(before[path]) for path, part in kept.items()})
 
 
 def full(image: Tensor, images: int, table: Table) -> Tensor:
@@ -71,7 +113,7 @@ class Domain(Table):
     """Parts of balls: the number of each one's `image`, and by network q (0: the teacher, 1: the student) and ReLU node
     k `boxes[q][k]` of its input, each `(D, *shape)`, and `phases[q][k]`: 1 split and on, -1 split and off, 0 neither.
 
-    `input`: boxes of the image, None where each is its image's whole ball: they are large.
+    `input`: boxes of the image, None where each is its image's whole ball: they are large. Phases are in float32.
     """
 
     image: Tensor
@@ -90,7 +132,7 @@ class Splits(Table):
 
 
 @dataclass(frozen=True)
-class Root:
+class Root(Table):
     """What is known of network q on the whole balls: boxes, lines and slopes of `crown`, and all differences.
 
     `highest` `(N, C, C)` holds the largest z_j - z_i at (i, j), `row_slopes` `(N, C, C, *shape)` the slopes of each,
@@ -106,24 +148,27 @@ class Root:
     row_slopes: Slopes
     odds: Box
 
-    def at(self, some: Tensor) -> "Root":
-        """The root of some of its images."""
-        columns = ("bounds", "lines", "slopes", "highest", "row_slopes", "odds")
-        return replace(self, **{name: mapped(lambda part: part[some], getattr(self, name)) for name in columns})
 
-
-def root(network: Network, q: int, lower: Tensor, upper: Tensor, steps: int = STEPS) -> Root:
+def root(network: Network, q: int, lower: Tensor, upper: Tensor) -> Root:
     """alpha-CROWN of one network on each ball: the root of every tree, and a bound by itself."""
-    bounds, lines, slopes = crown(network, lower, upper, steps)
-    highest, found = row_differences(network, lines, bounds, steps)
-    classes, pairs = network.classes, difference_pairs(network.classes)
-    row_slopes = {}
+    bounds, lines, slopes = crown(network, lower, upper, STEPS)
+    sides, row_slopes = (network.classes, network.classes), {}
     for k in with_choices(network, lines):
         start = lines[k].start
-        part = start.unsqueeze(1).repeat(1, classes, classes, *[1] * (start.ndim - 2))
-        if k in found:
-            part[:, pairs[:, 0], pairs[:, 1]] = found[k]
-        row_slopes[k] = part
+        row_slopes[k] = start.unsqueeze(1).repeat(1, *sides, *[1] * (start.ndim - 2))
+    return with_differences(network, q, bounds, lines, slopes, row_slopes)
+
+
+def with_differences(
+    network: Network, q: int, bounds: list[Box], lines: list[Lines], slopes: dict[int, Slopes], row_slopes: Slopes
+) -> Root:
+    """The root with these boxes and lines, with all differences by a descent that begins at `row_slopes`."""
+    i, j = difference_pairs(network.classes).unbind(1)
+    start = {k: part[:, i, j] for k, part in row_slopes.items()}
+    highest, found = row_differences(network, lines, bounds, STEPS, start)
+    row_slopes = mapped(torch.clone, row_slopes)
+    for k in row_slopes.keys() & found.keys():
+        row_slopes[k][:, i, j] = found[k]
     return Root(network, q, bounds, lines, slopes, highest, row_slopes, all_odds(highest))
 
 
@@ -156,7 +201,7 @@ def whole(roots: tuple[Root, ...]) -> Domain:
         root.q: {k: tuple(end.clone() for end in root.bounds[root.network.place(k)]) for k in root.network.splits}
         for root in roots
     }
-    phases = {q: {k: torch.zeros_like(box[0]) for k, box in parts.items()} for q, parts in boxes.items()}
+    phases = {q: {k: torch.zeros_like(box[0]).float() for k, box in parts.items()} for q, parts in boxes.items()}
     return Domain(torch.arange(len(roots[0].highest)), boxes, phases)
 
 
@@ -191,6 +236,56 @@ def rank_in(group: Tensor, value: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Where rows live, one entry for each row: the networks, their lines, the input boxes and the size of logits."""
+
+    pair: tuple[Network, ...]
+    lines: tuple[list[Lines], ...]
+    domains: Domain
+    box: Box
+    size: Tensor
+
+    def rough(self) -> "Setting":
+        """The same in float32."""
+        lines = tuple([line.rough() for line in lines] for lines in self.lines)
+        pair, box = tuple(network.single for network in self.pair), tuple(end.float() for end in self.box)
+        return Setting(pair, lines, self.domains, box, self.size.float())
+
+
+def setting(roots: tuple[Root, ...], domains: Domain) -> Setting:
+    """The setting of rows in these domains, one for each."""
+    pair, lines = tuple(root.network for root in roots), tuple(lines_of(root, domains) for root in roots)
+    size = torch.stack([end.abs().flatten(1).amax(1) for root in roots for end in root.bounds[-1]]).amax(0)
+    return Setting(pair, lines, domains, ball_of(roots[0], domains), size[domains.image])
+
+
+def phased(slopes: Slopes, push: Slopes, phases: Slopes, like: Tensor) -> Dual:
+    """The slopes, and what fixed phases add to the rows: a multiplier times z >= 0 or times -z >= 0.
+
+    All of one network and for each row `(B, *shape)`; `like`: in which precision.
+    """
+    pushes = {k: (part * phases[k]).unsqueeze(1).to(like) for k, part in push.items()}
+    return Dual({k: part.unsqueeze(1).to(like) for k, part in slopes.items()}, pushes)
+
+
+def summed(at: Setting, rows: list[Tensor], duals: list[Dual], constant: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest value of the sum of rows at the end of each network, `(B, *shape)`, and a constant `(B,)`: `(B,)`.
+
+    Also its linear form on x, `(B, *image)`, added up before the maximum over the ball is taken.
+    """
+    form, total = 0.0, constant[:, None]
+    for network, lines, row, dual in zip(at.pair, at.lines, rows, duals, strict=True):
+        pulled, shift = pull(network, lines, row.unsqueeze(1), dual=dual)
+        form, total = form + pulled, total + shift
+    return over_ball(form, total, *at.box)[:, 0], form[:, 0].detach()
+
+
+def farthest(at: Setting, form: Tensor) -> Tensor:
+    """The corners of the balls where linear forms on x `(B, *image)` are largest."""
+    return torch.where(form > 0, at.box[1], at.box[0])
+
+
+@dataclass(frozen=True)
 class Place:
     """Where domains are loosest: `splits` says at which unit or, where all ReLUs are `settled`, at which input.
 
@@ -205,21 +300,19 @@ class Place:
     logits: list[Tensor]
 
 
-def loosest(
-    roots: tuple[Root, ...], lines: list[list[Lines]], rows: list[Tensor], duals: list[Dual], box: Box
-) -> Place:
-    """Where to split, by rows `(B, C)` on the logits of each network, whose sum counts: at its worst point in the box.
+def loosest(roots: tuple[Root, ...], at: Setting, rows: list[Tensor], duals: list[Dual]) -> Place:
+    """Where to split, by rows `(B, *shape)` at the end of each network, whose sum counts: at its worst point.
 
     A unit's score is what its line loses there, and its whole triangle besides.
     """
     forms, traces, logits = [], [{} for _ in roots], []
-    for root, line, row, dual, trace in zip(roots, lines, rows, duals, traces, strict=True):
-        forms.append(pull(root.network, line, row.unsqueeze(1), dual=dual, trace=trace)[0][:, 0])
-    x = torch.where(sum(forms) > 0, box[1], box[0])
+    for network, line, row, dual, trace in zip(at.pair, at.lines, rows, duals, traces, strict=True):
+        forms.append(pull(network, line, row.unsqueeze(1), dual=dual, trace=trace)[0][:, 0])
+    x = farthest(at, sum(forms))
     # an entry of score 0 first: for networks without any ReLU
     loss = x.new_zeros(len(x))
     names, scores = [(BOTH, 0, 0)], [x.new_zeros(len(x), 1)]
-    for root, line, dual, trace in zip(roots, lines, duals, traces, strict=True):
+    for root, line, dual, trace in zip(roots, at.lines, duals, traces, strict=True):
         found, splits = [x], root.network.splits
         for k, node in enumerate(root.network.nodes):
             z = [found[place] for place in node.inputs]
@@ -241,7 +334,7 @@ def loosest(
         logits.append(found[-1])
     best, which = torch.cat(scores, 1).max(1)
     network, node, unit = torch.tensor(names)[which].unbind(1)
-    most, coordinate = (sum(form.abs() for form in forms) * (box[1] - box[0])).flatten(1).max(1)
+    most, coordinate = (sum(form.abs() for form in forms) * (at.box[1] - at.box[0])).flatten(1).max(1)
     settled = ~(best > 0)
     unit = torch.where(settled, coordinate, unit)
     splits = Splits(network.masked_fill(settled, BOTH), node.masked_fill(settled, 0), unit)

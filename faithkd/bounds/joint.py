@@ -16,26 +16,14 @@ every value is valid. With k = k' = 0 this is eq. (11), in which the two network
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faithkd.bounds.descent import Range, minimise
-from faithkd.bounds.domains import ROUNDING, Domain, Root, Table, ball_of, lines_of, mapped
-from faithkd.bounds.graph import Network
-from faithkd.bounds.linear import Dual, Slopes, over_ball, pull, with_choices
-from faithkd.bounds.operators import Box, Lines
-
-RANGES = {  # of all that is free
-    "w": Range(0.25),
-    "k": Range(0.25, -12, 2),  # neither 0 nor huge
-    "s": Range(0.25),
-    "cut": Range(0.05),
-    "slopes": Range(0.25, 0, 1),
-    "push": Range(0.05, 0),
-}
-FALL = 0.9
+from faithkd.bounds.domains import ROUNDING, Domain, Root, Setting, Table, farthest, phased, setting, summed
+from faithkd.bounds.linear import Dual, Slopes, with_choices
 
 
 @dataclass(frozen=True)
@@ -48,6 +36,7 @@ class Row(Table):
     branch has fixed; most of a table, so in float32.
     """
 
+    FREE: ClassVar = ("w", "k", "s", "cut", "slopes", "push")
     domain: Tensor
     order: Tensor
     label: Tensor
@@ -71,22 +60,6 @@ class Row(Table):
         """What is given for teacher and student, `(B, ...)` each, as that of U and that of L."""
         first = self.first.view(-1, *[1] * (teacher.ndim - 1))
         return torch.where(first, teacher, student), torch.where(first, student, teacher)
-
-    def free(self) -> dict[tuple, Tensor]:
-        """All that is free, by kind, or by kind, network and node."""
-        deep = ((kind, q, k) for kind in ("slopes", "push") for q, parts in getattr(self, kind).items() for k in parts)
-        parts = {(kind,): getattr(self, kind) for kind in ("w", "k", "s", "cut")}
-        return parts | {(kind, q, k): getattr(self, kind)[q][k] for kind, q, k in deep}
-
-    def having(self, free: dict[tuple, Tensor]) -> "Row":
-        """The rows with other entries of `free`."""
-        columns = {"slopes": {q: {} for q in self.slopes}, "push": {q: {} for q in self.push}}
-        for (kind, *place), part in free.items():
-            if place:
-                columns[kind][place[0]][place[1]] = part
-            else:
-                columns[kind] = part
-        return replace(self, **columns)
 
     def apart(self) -> Tensor:
         """sig(b_U) - sig(a_L): the bound of a row from its ranges alone, eq. (11)."""
@@ -164,55 +137,16 @@ def forms(rows: Row, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dual(rows: Row, domains: Domain, q: int) -> Dual:
-    """The slopes of network q, and what fixed phases add to its rows: a multiplier times z >= 0 or times -z >= 0.
-
-    `domains`: that of each row.
-    """
+    """The rows' slopes and multipliers for network q, see `phased`; `domains`: that of each row."""
     scale = rows.k.exp().mean(1)  # multipliers are kept relative to the size of the row
-    push = {
-        k: part.unsqueeze(1) * domains.phases[q][k].unsqueeze(1) * scale.view(-1, *[1] * part.ndim)
-        for k, part in rows.push[q].items()
-    }
-    return Dual({k: part.unsqueeze(1) for k, part in rows.slopes[q].items()}, push)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Where rows live, one entry for each row: the networks, their lines, the input boxes and the size of logits."""
-
-    pair: tuple[Network, Network]
-    lines: tuple[list[Lines], ...]
-    domains: Domain
-    box: Box
-    size: Tensor
-
-    def rough(self) -> "Setting":
-        """The same in float32."""
-        phases = {q: {k: part.float() for k, part in parts.items()} for q, parts in self.domains.phases.items()}
-        return Setting(
-            tuple(network.single for network in self.pair),
-            tuple([line.rough() for line in lines] for lines in self.lines),
-            replace(self.domains, phases=phases),
-            tuple(end.float() for end in self.box),
-            self.size.float(),
-        )
-
-
-def setting(roots: tuple[Root, Root], domains: Domain) -> Setting:
-    """The setting of rows in these domains, one for each."""
-    pair, lines = tuple(root.network for root in roots), tuple(lines_of(root, domains) for root in roots)
-    size = torch.stack([end.abs().amax(1) for root in roots for end in root.bounds[-1]]).amax(0)
-    return Setting(pair, lines, domains, ball_of(roots[0], domains), size[domains.image])
+    push = {k: part * scale.view(-1, *[1] * (part.ndim - 1)) for k, part in rows.push[q].items()}
+    return phased(rows.slopes[q], push, domains.phases[q], like=rows.k)
 
 
 def bound(at: Setting, rows: Row) -> tuple[Tensor, Tensor]:
     """Upper bound of each row, `(B,)`, and its linear form on x, `(B, *image)`."""
     *logit_rows, constant = forms(rows, at.size)
-    form, total = 0.0, constant[:, None]
-    for q, (network, lines, row) in enumerate(zip(at.pair, at.lines, logit_rows, strict=True)):
-        pulled, shift = pull(network, lines, row.unsqueeze(1), dual=dual(rows, at.domains, q))
-        form, total = form + pulled, total + shift
-    return over_ball(form, total, *at.box)[:, 0], form[:, 0].detach()
+    return summed(at, logit_rows, [dual(rows, at.domains, q) for q in (0, 1)], constant)
 
 
 def tighten(roots: tuple[Root, Root], domains: Domain, rows: Row, steps: int) -> tuple[Row, Tensor]:
@@ -221,16 +155,10 @@ def tighten(roots: tuple[Root, Root], domains: Domain, rows: Row, steps: int) ->
     Such a point is the corner of the ball at which the row's linear form is largest. `domains`: those that rows name.
     """
     at = setting(roots, domains[rows.domain])
-    now = {name: part.float() for name, part in rows.free().items()}
-    rough, rough_rows = at.rough(), mapped(lambda part: part.float() if part.is_floating_point() else part, rows)
-
-    ranges = {name: RANGES[name[0]] for name in now}
-    kept = minimise(lambda free: bound(rough, rough_rows.having(free))[0], now, steps, ranges, FALL)
-    value, form = bound(at, rows.having({name: part.double() for name, part in kept.items()}))
-    before = rows.free()
-    rows = rows.having({name: part.to(before[name]) for name, part in kept.items()})
-    rows = replace(rows, value=torch.minimum(value, rows.value)).capped()
-    return rows, torch.where(form > 0, at.box[1], at.box[0])
+    rough = at.rough()
+    rows = rows.descended(lambda tried: bound(rough, tried)[0], steps)
+    value, form = bound(at, rows)
+    return replace(rows, value=torch.minimum(value, rows.value)).capped(), farthest(at, form)
 
 
 def all_rows(roots: tuple[Root, Root], logits: tuple[Tensor, Tensor]) -> Row:

@@ -90,8 +90,8 @@ class Choices:
     "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
-    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, with trees of
-    differences in place of `alone`; 0 leaves the rung out. Without it 16 for rows, and 0 for bab and best.
+    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand; 0 leaves the
+    rung out. Without it 16 for rows, and 0 for bab and best.
 
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
     `progress`: whether to show a bar.
@@ -392,15 +392,15 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     expected = nodes if choices.budget is None else min(nodes, SPEED * choices.budget)
     left = finite.nonzero()[:, 0]
     for some in left.split(max(1, min(PIECE, int(PARTS / max(expected, 1))))) if len(left) else ():
-        roots = tuple(part.root.at(some) for part in both)
+        roots = tuple(part.root[some] for part in both)
         leaves = search.start(roots, balls[some].reach, lower[some], witnesses[some])
         whole["joint"][some] = leaves.upper
         if "bab" in whole:
             now = time.monotonic()
             end = math.inf if choices.budget is None else begin + choices.budget * len(finite)
             deadline = now + (end - now) * len(some) / len(left)
-            left, by_rows = left[len(some) :], "rows" in choices.rungs
-            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline, by_rows)
+            left = left[len(some) :]
+            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline)
             whole["bab"][some] = torch.minimum(whole["joint"][some], leaves.upper)
             lower[some], witnesses[some] = leaves.lower, leaves.witnesses
     if "bab" not in whole:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faithkd.bounds import alone, joint
-from faithkd.bounds import rows as linear_rows
 from faithkd.bounds.domains import (
     BOTH,
     ROUNDING,
@@ -34,6 +33,7 @@ from faithkd.bounds.domains import (
     meet,
     rank_in,
     rebox,
+    setting,
     whole,
     with_inputs,
 )
@@ -81,39 +81,27 @@ def start(roots: tuple[Root, Root], reach: Box, lower: Tensor, witnesses: Tensor
 
 
 def certify(
-    roots: tuple[Root, Root],
-    leaves: Leaves,
-    tolerance: float,
-    nodes: int,
-    deadline: float = math.inf,
-    by_rows: bool = False,
+    roots: tuple[Root, Root], leaves: Leaves, tolerance: float, nodes: int, deadline: float = math.inf
 ) -> tuple[Leaves, Tensor]:
     """The whole search from `start`, on each network `alone` and on the joint rows by turns: both say what they can.
 
-    `by_rows`: trees of differences, `rows.decided`, in place of `alone`. What one of them gained in the last round
-    decides on its share of the next one, image by image. Returns the leaves and the number of parts made per image.
+    What one of them gained in the last round decides on its share of the next one, image by image. Returns the leaves
+    and the number of parts made per image.
     """
-    trees, whole_roots = [alone.plant(root) for root in roots], roots
-    forest = linear_rows.forest(roots) if by_rows else None
+    trees = [alone.plant(root) for root in roots]
     made = torch.zeros(len(leaves.lower), dtype=torch.long)
     share = torch.full_like(leaves.lower, 0.5)
     while True:
         room = torch.minimum((made / 2).clamp(min=FIRST), nodes - made)
         first, goal = leaves.upper, leaves.lower + tolerance
         soon = time.monotonic() + (deadline - time.monotonic()) / 2
-        effort = worst_rows(leaves), goal, share * room, soon
-        if by_rows:
-            forest, first_made = linear_rows.decided(forest, *effort)
-            roots = forest.roots
-        else:
-            trees, first_made = alone.search_alone(whole_roots, trees, *effort)
-            roots = alone.narrowed(whole_roots, trees)
-        leaves = inherit(roots, leaves)
+        trees, first_made = alone.search_alone(roots, trees, worst_rows(leaves), goal, share * room, soon)
+        known = alone.narrowed(roots, trees)
+        leaves = inherit(known, leaves)
         second = leaves.upper
-        leaves, then_made = search_jointly(roots, leaves, tolerance, (1 - share) * room, deadline)
+        leaves, then_made = search_jointly(known, leaves, tolerance, (1 - share) * room, deadline)
         gains = (first - second) / first_made.clamp(min=1), (second - leaves.upper) / then_made.clamp(min=1)
-        gains = torch.stack(gains)
-        gains = gains**2
+        gains = torch.stack(gains) ** 2
         share = (gains[0] / gains.sum(0).clamp(min=1e-24)).clamp(0.05, 0.95)
         made = made + first_made + then_made
         if not (first_made + then_made).any() or time.monotonic() > deadline:
@@ -258,13 +246,13 @@ def split(roots: tuple[Root, Root], leaves: Leaves, chosen: Tensor) -> tuple[Lea
 
 def decide(roots: tuple[Root, Root], domains: Domain, rows: Row) -> Decision:
     """What to split for each row: the loosest term at the point where the row's linear form is largest decides."""
-    at = joint.setting(roots, domains[rows.domain])
+    at = setting(roots, domains[rows.domain])
     reach = leverage(rows.range).log()
     far = rows.value > alone.NEARLY * rows.apart()
     scored = replace(rows, k=torch.where(far[:, None], reach, torch.maximum(rows.k, reach + math.log(FLOOR))))
     logit_rows = joint.forms(scored, at.size)[:2]
     duals = [joint.dual(scored, at.domains, root.q) for root in roots]
-    place = loosest(roots, at.lines, logit_rows, duals, at.box)
+    place = loosest(roots, at, logit_rows, duals)
     terms, cuts, label = loose_terms(scored, *rows.sorted(*place.logits))
     # where all ReLUs are settled the input is split: cuts alone grow ever thinner there and gain ever less
     terms = torch.where(torch.where(place.settled, place.moves, far)[:, None], 0.0, terms)
