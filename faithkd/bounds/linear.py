@@ -22,7 +22,8 @@ BUDGET = 2**20  # numbers in the largest tensor of one pass (8 MB): what fits in
 LARGE = 512  # places before ReLU: past it, one pass without descent (convolutions)
 STEPS = 10  # of gradient descent on the slopes; on the paper's networks more gain less than 0.1 % of the bound
 RATE, FALL = 0.6, 0.8  # its first step, falling each time; slopes lie in [0, 1]
-CURVED_RATE, LONGER = 0.15, 2  # of a curve's lines, which begin in the middle and take that many times the steps
+CURVED_RATE = 0.15  # of a curve's lines, which begin in the middle
+LONGER = 2  # times as many steps for curves and small convolutions, which gain by them
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def descend(
         return backward(*rough, slopes)
 
     ranges = {k: Range(RATE if lines[k].many is None else CURVED_RATE, 0, 1) for k in now}
-    longer = LONGER if any(lines[k].many is not None for k in now) else 1
+    longer = LONGER if network.small or any(lines[k].many is not None for k in now) else 1
     kept = minimise(value_of, now, longer * steps, ranges, FALL ** (1 / longer))
     kept = {k: part.double() for k, part in kept.items()}
     return backward(network, lines, box, rows, at, kept), kept

@@ -213,6 +213,25 @@ class Linear(Affine):
         )
 
 
+class Matrix(Affine):
+    """What an affine `operator` does to images of this shape as y = W z + b, with all zeros of W."""
+
+    def __init__(self, operator: Affine, shape: Shape) -> None:
+        units = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+        bias = operator(torch.zeros_like(units[:1]))
+        self.shape, self.bias = tuple(bias.shape[1:]), bias.flatten()
+        self.weight = operator.product(units, operator.weight, None).flatten(1).T
+
+    def product(self, z, weight, bias):
+        return F.linear(z.flatten(1), weight, bias).unflatten(1, self.shape)
+
+    def back(self, rows, shape):
+        return (rows.flatten(1) @ self.weight).unflatten(1, shape)
+
+    def constant(self, rows):
+        return rows.flatten(2) @ self.bias
+
+
 @dataclass(eq=False)
 class Conv2d(Affine):
     """Zero padding, followed by a linear map of every patch."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from faithkd import arguments
 from faithkd.bounds.graph import check_images, outer_ball, prepare_pair
-from faithkd.errors import FaithkdError
 from faithkd.pairs.onnx import compare
+from faithkd.pairs.problems import about
 
 OPSET = 18  # the oldest that torch writes
 
@@ -74,13 +74,10 @@ def decimal(number: float | str) -> str:
 
 def write(product: Product, x: Tensor, path: Path) -> None:
     """The product network for one image, all in one file, compared with what onnxruntime makes of it at points `x`."""
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401, which torch's exporter needs
-    except ModuleNotFoundError as missing:
-        raise FaithkdError(f"{missing.name} is not installed: pip install 'faithkd[onnx]' to write ONNX") from None
     options = {"input_names": ["X"], "output_names": ["Y"], "opset_version": OPSET, "external_data": False}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about parts of torch that the exporter happens to use
+    # torch's own warnings are about parts of it that the exporter happens to use
+    with about(path, "torch cannot export the pair"), warnings.catch_warnings(action="ignore"):
+        import onnxscript  # noqa: F401, which torch's exporter needs
+
         torch.onnx.export(product, (x[:1],), path, dynamo=True, verbose=False, **options)
-    compare(path, product, x, 1)
+        compare(path, product, x, 1)

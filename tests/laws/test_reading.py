@@ -132,6 +132,9 @@ def test_every_operation_is_its_function_and_its_boxes_hold(layer, shape):
     bounds, lines, _ = linear.crown(prepared, *box)
     rows, _ = linear.difference_rows(3)
     highest = linear.backward(prepared, lines, box, rows.expand(3, -1, -1))
+    single = [line.rough() for line in lines], tuple(end.float() for end in box), rows.float().expand(3, -1, -1)
+    rough = linear.backward(prepared.single, *single).double()
+    torch.testing.assert_close(rough, highest, rtol=1e-3, atol=1e-3)
     for n in range(3):
         values = prepared.values(points(x[n : n + 1], 0.3, 60))
         for (low, high), value in zip(bounds, values, strict=True):
