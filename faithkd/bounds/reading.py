@@ -75,7 +75,8 @@ class Builder:
         A list of places where the operation returns a list.
         """
         if name not in OPERATIONS:
-            raise FaithkdError(f"{self.where}: there is no bound for {name}; known are {', '.join(OPERATIONS)}")
+            advice = "README says what is known, CONTRIBUTING how to add a layer"
+            raise FaithkdError(f"{self.where}: there is no bound for {name}; {advice}")
         try:
             place = OPERATIONS[name](self, after, *arguments, **options)
         except (TypeError, RuntimeError) as problem:
