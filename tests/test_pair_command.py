@@ -52,6 +52,8 @@ def folder(tmp_path_factory):
     (folder / "cut.npy").write_bytes((folder / "flat.npy").read_bytes()[:-9])
     torch.save(pair[0].state_dict(), folder / "student.pt")
     (folder / "text.pt2").write_text("no network")
+    (folder / "empty.npy").touch()
+    np.save(folder / "none.npy", np.zeros((0, 1, 8, 8)))
     return folder
 
 
@@ -180,6 +182,8 @@ def test_check_says_what_a_pair_is(folder, call):
         ("student.pt2", "flat.npy", ["--check"], "images.reshape(-1, 2, 4, 4)"),
         ("student.pt2", "objects.npy", ["--check"], "allow_pickle=False"),
         ("student.pt2", "cut.npy", ["--check"], "no images can be read from it"),
+        ("student.pt2", "empty.npy", ["--check"], "no images can be read from it"),
+        ("student.pt2", "none.npy", ["--check"], "no image; needed are (N, *shape) with N > 0"),
         ("student.pt2", "missing.npy", ["--check"], "no such file"),
         ("student.pt", "images.npz", ["--check"], "would execute whatever is pickled in it"),
         ("text.pt2", "images.npz", ["--check"], "save it again: torch.export.save"),

@@ -40,6 +40,8 @@ def load_images(path: str | Path) -> Tensor:
             if len(names) != 1:
                 raise FaithkdError(f"it holds {', '.join(names) or 'nothing'}; name the images x")
             found = found[names[0]]
+        if not found.size:
+            raise FaithkdError(f"it holds an array of shape {found.shape}, no image; needed are (N, *shape) with N > 0")
         return torch.from_numpy(found.astype(found.dtype.newbyteorder("="), copy=False))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from faithkd.errors import FaithkdError
 
-DAMAGED = (zipfile.BadZipFile, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError)
+DAMAGED = (zipfile.BadZipFile, EOFError, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError)
 
 
 @contextmanager
