@@ -88,6 +88,8 @@ def clip_range(clip, x: Tensor) -> tuple[Tensor, Tensor]:
         )
     except (RuntimeError, TypeError, ValueError) as problem:
         raise FaithkdError(f"clip must be (low, high), each broadcastable to x of shape {tuple(x.shape)}") from problem
+    if (low > high).any():
+        raise FaithkdError("clip=(low, high) must not have low above high; are the two swapped?")
     value, room = x.double(), ROOM * (1 + x.double().abs())
     if not ((low - room <= value) & (value <= high + room)).all():
         raise FaithkdError("x lies outside clip=(low, high), or clip holds NaN; are both in the networks' input space?")
@@ -105,6 +107,16 @@ def labels(y, count: int, classes: int) -> Tensor:
     if (wrong := ~((values >= 0) & (values < classes) & (values == values.floor()))).any():
         raise FaithkdError(f"y must hold whole numbers from 0 to {classes - 1}, the classes, not {values[wrong][0]:g}")
     return values.long()
+
+
+def as_module(network) -> tuple[nn.Module, int]:
+    """A network as a module, and how many images it takes at once: an exported program may have a fixed number."""
+    network = getattr(network, "_orig_mod", network)  # of what torch.compile makes
+    if type(network).__name__ != "ExportedProgram":  # its class is in a part of torch that takes seconds to import
+        return network, getattr(network, "batch", 2)
+    inputs = network.graph_signature.user_inputs
+    sizes = [node.meta["val"].shape[0] for node in network.graph.nodes if node.name in inputs]
+    return network.module(), sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else 2
 
 
 def network(module: nn.Module, name: str) -> None:

@@ -199,7 +199,7 @@ class Functional(nn.Module):
 
 
 def exported(network):
-    return torch.export.export(network, (X,), dynamic_shapes=({0: torch.export.Dim("images")},)).module()
+    return torch.export.export(network, (X,), dynamic_shapes=({0: torch.export.Dim("images")},))
 
 
 WRAPPED = {
@@ -207,7 +207,8 @@ WRAPPED = {
     "traced by fx": torch.fx.symbolic_trace,
     "traced": lambda network: torch.jit.trace(network, X),
     "scripted": torch.jit.script,
-    "exported": exported,
+    "an exported program": exported,
+    "a module of one": lambda network: exported(network).module(),
     "on several devices": nn.DataParallel,
 }
 
@@ -278,6 +279,7 @@ WRONG = [
     ({"x": torch.randn(5, 3)}, "teacher|network"),
     ({"clip": (0.0, 0.001)}, "x lies outside clip"),
     ({"clip": (float("nan"), 1)}, "clip holds NaN"),
+    ({"clip": (9.0, -9.0)}, "low above high"),
     *(({"clip": clip}, "clip must be") for clip in ((-9.0, torch.ones(3)), 9.0)),
     *(({"seed": seed}, "seed must be") for seed in (1.5, -1, 2**64)),
     ({"teacher": mlp(4, 3).to("meta")}, "layer 0: the weight has no values"),

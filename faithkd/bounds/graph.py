@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from faithkd import arguments
 from faithkd.bounds.operators import Affine, Linear, Matrix, MaxPool2d, Operator, ReLU, Shape
-from faithkd.bounds.reading import as_module, read
+from faithkd.bounds.reading import read
 from faithkd.errors import FaithkdError
 
 MATRIX = 2**15  # entries of a matrix, at most: with more, a convolution is faster
@@ -118,7 +118,7 @@ def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
     """
     if type(network) is Operators and network.shape == tuple(shape) and not network._forward_hooks:
         return network.network.to(device=torch.get_default_device())
-    arguments.network(as_module(network)[0], name)
+    arguments.network(arguments.as_module(network)[0], name)
     with torch.device("cpu"):
         nodes, shapes = read(network, shape, name)
     logits = shapes[-1]

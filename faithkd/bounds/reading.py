@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import faithkd
+from faithkd.arguments import as_module
 from faithkd.bounds.layers import CURVES, AdaptiveMaxPool2d, Add, AvgPool2d, ConvTranspose2d, Pick, Scale, Sums
 from faithkd.bounds.operators import Conv2d, Linear, MaxPool2d, Operator, ReLU, Shape, View, pair
 from faithkd.errors import FaithkdError
@@ -316,7 +317,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options, name = options or {}, function.overloadpacket.__name__
         made = function(*arguments, **options)
-        if torch.Tag.nondeterministic_seeded in function.tags:
+        if torch.Tag.nondeterministic_seeded in function.tags and "attention" not in name:  # which has a dropout of 0
             raise FaithkdError(f"{self.position()}: {name} draws at random, in evaluation too")
         given = [part for part in tree_leaves((arguments, options)) if id(part) in self.known]
         if not given or name in SHAPES_ONLY:
@@ -403,16 +404,6 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
         compare(builder, last, network, name)
     network.tell(name, given)
     return builder.nodes[:last], builder.shapes[: last + 1]
-
-
-def as_module(network) -> tuple[nn.Module, int]:
-    """A network as a module, and how many images it takes at once: an exported program may have a fixed number."""
-    network = getattr(network, "_orig_mod", network)  # of what torch.compile makes
-    if type(network).__name__ != "ExportedProgram":  # its class is in a part of torch that takes seconds to import
-        return network, getattr(network, "batch", 2)
-    inputs = network.graph_signature.user_inputs
-    sizes = [node.meta["val"].shape[0] for node in network.graph.nodes if node.name in inputs]
-    return network.module(), sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else 2
 
 
 def in_float64(module: nn.Module, made: dict[int, nn.Module], name: str) -> nn.Module:

@@ -167,6 +167,7 @@ class Balls:
     def __init__(self, x: Tensor, eps: float = 0.0, clip: Clip | None = None, **networks: nn.Module) -> None:
         x, self.eps = arguments.images(x), arguments.radius(eps)
         self.clip = arguments.clip_range(clip, x)
+        networks = {name: arguments.as_module(network)[0] for name, network in networks.items()}
         for name, network in networks.items():
             arguments.network(network, name)
         found = (x.dtype, *(weight.dtype for network in networks.values() for weight in network.parameters()))
