@@ -48,6 +48,10 @@ GRAPHS = {
     "new pad and slice": (18, f"j = Pad(x, wide) h = Slice(j, zeros, fours, two) {END}"),
     "slopes": (16, f"h = PRelu(x, slope) {END}"),
     "swish": (13, f"s = Sigmoid(x) h = Mul(x, s) {END}"),
+    "GELU in parts": (
+        14,
+        f"d = Div(x, root) e = Erf(d) a = Add(e, one) m = Mul(x, a) h = Mul(m, part) {END}",
+    ),
     "softplus as torch writes it": (18, f"s = Softplus(x) g = Greater(x, twenty) h = Where(g, x, s) {END}"),
     "shapes computed": (
         14,
@@ -68,7 +72,15 @@ GRAPHS = {
 }
 NUMBERS = {"zero": 0, "axis": [0], "rest": [32], "two": [2, 3], "zeros": [0, 1], "fours": [4, 5], "ones": [1, 1]}
 NUMBERS |= {"wide": [0, 0, 1, 0, 0, 0, 0, 1], "tall": [-1, 16, 2]}
-FLOATS = {"one": 1.0, "low": -0.5, "three": 3.0, "twenty": 20.0, "slope": [[[0.25]], [[-0.5]]]}
+FLOATS = {
+    "one": 1.0,
+    "part": 0.5,
+    "root": 2**0.5,
+    "low": -0.5,
+    "three": 3.0,
+    "twenty": 20.0,
+    "slope": [[[0.25]], [[-0.5]]],
+}
 
 
 def write(path, body, opset=13, shape="N,2,4,4", ends="float[N,3] y", more=""):

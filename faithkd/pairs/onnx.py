@@ -153,6 +153,7 @@ OPERATIONS = {  # each takes ONNX's inputs, and its attributes by name
     "Div": operator.truediv,
     "Dropout": lambda z, *_, **__: z,
     "Elu": lambda z, *, alpha=1.0: F.elu(z, alpha),
+    "FastGelu": lambda z: F.gelu(z, approximate="tanh"),
     "Flatten": lambda z, *, axis=1: z.flatten(1),
     "Gather": gather,
     "Gelu": lambda z, *, approximate=b"none": F.gelu(z, approximate=approximate),
@@ -221,12 +222,18 @@ def parsed(path: str | Path):
     model = inliner.inline_local_functions(model)
     old = [each.version for each in model.opset_import if each.domain in ("", "ai.onnx") and each.version < OPSET]
     try:
-        return version_converter.convert_version(model, OPSET) if old else model
+        model = version_converter.convert_version(model, OPSET) if old else model
     except RuntimeError as problem:
         raise FaithkdError(
             f"it is of opset {old[0]}, which ONNX's own converter cannot bring to {OPSET}; export it again with "
             f"opset_version={OPSET} or later"
         ) from problem
+    if not {"Erf", "Pow"} & {node.op_type for node in model.graph.node}:
+        return model
+    from onnxscript.rewriter import rewrite  # before opset 20, GELU was written as several operations
+    from onnxscript.rewriter.ort_fusions import erfgelu, gelu
+
+    return rewrite(model, pattern_rewrite_rules=[*gelu.gelu_rules, *erfgelu.rules])
 
 
 def images(model) -> tuple[int | None, tuple, bool]:
@@ -286,7 +293,7 @@ class Graph(nn.Module):
         if not any(isinstance(each, Tensor | Above) for each in given):
             inputs = {name: value for name, value in zip(node.input, given, strict=True) if name}
             return reference.ReferenceEvaluator(node, opsets=self.opsets).run(None, inputs)
-        if node.op_type not in OPERATIONS or node.domain not in ("", "ai.onnx"):
+        if node.op_type not in OPERATIONS or node.domain not in ("", "ai.onnx", "com.microsoft"):
             newer = "; export it with opset_version=20, where GELU is one operation" if node.op_type == "Erf" else ""
             raise FaithkdError(f"{self.where} cannot be read{newer}; known are {', '.join(OPERATIONS)}")
         # whole numbers say how, others take part
