@@ -76,7 +76,7 @@ def made(weight, power):
     return networks._written(Method(own, None, "own"))
 
 
-def test_a_loss_of_ones_own_is_known_by_its_source_and_what_it_uses_of_its_file():
+def test_a_loss_of_ones_own_is_known_by_its_source_and_what_it_uses_of_its_file(monkeypatch):
     """A helper beside the loss, or a constant that it names, makes another network: it must not be found as the old."""
 
     def own_attack(student, teacher, x, y):
@@ -87,6 +87,9 @@ def test_a_loss_of_ones_own_is_known_by_its_source_and_what_it_uses_of_its_file(
     filled = [networks._written(Method(partial(losses.fd, divergence=d), None, "d")) for d in (losses.kl, losses.sd)]
     attacked = networks._written(Method(losses.fd, own_attack, "own"))
     assert filled[0] != filled[1] and "LIMIT = 3" in attacked and " at 0x" not in str([filled, attacked])
+    for parameter in ("y", "z"):
+        monkeypatch.setitem(globals(), parameter, 0.5)  # as a notebook may have: not what the attack calls so
+    assert networks._written(Method(losses.fd, own_attack, "own")) == attacked
 
 
 def test_a_loss_of_ones_own_is_trained_once_and_found_again(p, monkeypatch):

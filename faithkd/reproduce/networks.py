@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from textwrap import dedent
+from types import CodeType
 
 import pandas as pd
 import torch
@@ -227,6 +228,7 @@ def _written(rule: losses.Method) -> list[str]:
             texts.append(ast.unparse(tree))  # without comments
             around = function.__globals__ | inspect.getclosurevars(function).nonlocals
             named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            named &= {*_from_outside(function.__code__), *function.__code__.co_freevars}  # no parameters of its own
             for name in sorted(named & around.keys()):
                 value = around[name]
                 if isinstance(value, bool | int | float | str | tuple):
@@ -234,6 +236,11 @@ def _written(rule: losses.Method) -> list[str]:
                 elif inspect.isfunction(value) and value.__module__ == function.__module__:
                     left.append(value)
     return texts
+
+
+def _from_outside(code: CodeType) -> set[str]:
+    """The names of globals and attributes in a function and in what is defined in it."""
+    return set(code.co_names).union(*(_from_outside(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 def _parsed(function: Callable, title: str) -> ast.Module:
