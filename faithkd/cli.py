@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -19,7 +18,7 @@ try:
     import typer
 
     from faithkd.pairs.command import bound
-    from faithkd.reproduce import notebooks, params
+    from faithkd.reproduce import notebooks
 except ModuleNotFoundError as missing:
     sys.exit(f"faithkd: {missing.name} is not installed; the command line needs pip install 'faithkd[notebooks]'")
 
@@ -81,10 +80,11 @@ def run(
     cluster: Cluster = None,
 ) -> None:
     """Execute the notebooks: tables and figures to figures/<profile>/, the notebooks to runs/<profile>/."""
-    p, chosen = params.load(profile, settings), notebooks.pick(only or [])
+    p, chosen = _load(profile, settings), notebooks.pick(only or [])
     _share_out(jobs, cluster)
     folder = _start_anew("retrain" if retrain else "remeasure" if remeasure else "") / p.name
-    todo = [path for path in chosen if not notebooks.noted(path, p, folder)]
+    record = notebooks.Record(folder / "done.json")
+    todo = [path for path in chosen if not record.has(path, p)]
     if dry_run:
         for path in chosen:
             print(f"{path.stem:<28} {'would run' if path in todo else 'already there'}")
@@ -104,14 +104,15 @@ def run(
         for number, path in enumerate(chosen, 1):
             print(f"[{number:>2}/{len(chosen)}] {path.stem:<26}", end=" ", flush=True)
             if path in todo:
-                run, wrote = notebooks.execute(path, p, folder)
+                seconds, made, wrote = notebooks.execute(path, p, folder)
+                record.add(path, p, seconds, made)
                 changed = changed or wrote
-                print(f"{notebooks.title(path)} · {_count(run['files'], 'file')} in {run['seconds']:.0f} s", flush=True)
+                print(f"{notebooks.title(path)} · {_count(made, 'file')} in {seconds:.0f} s", flush=True)
             else:
                 print("already there", flush=True)
         about = p.figures_dir / "provenance.json"
         if changed or not about.is_file():
-            paths.write(about, json.dumps(_provenance(p, folder, about), indent=1) + "\n")
+            notebooks.write_json(about, _provenance(p, record.seconds(), notebooks.read_json(about)))
     made = sorted({path.stem for path in p.figures_dir.glob("*") if re.match(r"(fig|table)\d", path.name)})
     print(f"tables and figures: {_short(p.figures_dir)} ({', '.join(made) or 'none'})")
     print(f"executed notebooks: {_short(folder)}")
@@ -120,7 +121,7 @@ def run(
 @app.command()
 def train(profile: Profile = "digits", settings: Sets = None, jobs: Jobs = None) -> None:
     """Train all networks of a profile that are not there yet, several at once; `faithkd run` then finds them."""
-    p = params.load(profile, settings)
+    p = _load(profile, settings)
     _share_out(jobs, None)
     with _stops_politely():
         _train(p)
@@ -135,7 +136,7 @@ def keep(
     cluster: Cluster = None,
 ) -> None:
     """Train and measure all that a profile shows, and gather it in weights/ and measurements/, to be committed."""
-    p = params.load(profile, settings)
+    p = _load(profile, settings)
     _share_out(jobs, cluster)
     _start_anew("retrain" if retrain else "")
     from faithkd.reproduce import experiment
@@ -148,7 +149,7 @@ def keep(
 @app.command("params")
 def show_params(profile: Annotated[str, typer.Argument(help="Which params/*.yaml.")] = "digits", settings: Sets = None):
     """Print every parameter of a profile with its value and the reason for it."""
-    rows = params.load(profile, settings).described()
+    rows = _load(profile, settings).described()
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, reason in rows:
         print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {reason}".rstrip())
@@ -167,7 +168,7 @@ def committed(
         pages.renew(notebooks.listing())
     elif action != "check":
         raise FaithkdError(f"`faithkd notebooks {action}` does not exist; there are `check` and `refresh`")
-    p, chosen = params.load(notebooks.PROFILE), notebooks.pick(names or [])
+    p, chosen = _load(notebooks.PROFILE, None), notebooks.pick(names or [])
     complaints = [f"{path.name} {complaint}" for path in chosen for complaint in notebooks.check(path, p)]
     print("\n".join(complaints) or f"{len(chosen)} notebooks: executed, in order, not stale")
     if complaints:
@@ -211,6 +212,12 @@ def doctor() -> None:
 # --- what the commands share
 
 
+def _load(profile: str, settings: list[str] | None):
+    from faithkd.reproduce import params
+
+    return params.load(profile, settings or [])
+
+
 def _train(p) -> None:
     from faithkd.reproduce import experiment
 
@@ -245,6 +252,8 @@ def _share_out(jobs: str | None, cluster: str | None) -> None:
 def _start_anew(what: str) -> Path:
     """The folder of runs; to retrain or remeasure one of its own, with a store of its own, found again after a kill."""
     runs = Path(os.environ.get("FAITHKD_RUNS") or paths.ROOT / "runs").absolute()
+    if runs.exists() and not runs.is_dir():
+        raise FaithkdError(f"FAITHKD_RUNS is {runs}, which is no folder; name one, or unset it")
     if what:
         from faithkd.reproduce import artefacts
 
@@ -263,21 +272,17 @@ def _stops_politely():
         raise typer.Exit(130) from None
 
 
-def _provenance(p, folder: Path, about: Path) -> dict:
-    """What made the figures: parameters, versions, machine, seconds of each notebook, also of runs noted in `about`."""
-    chosen, seconds = p.model_dump(mode="json"), {}
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is damaged
-        before = json.loads(about.read_text(encoding="utf-8"))
-        seconds |= before["seconds"] if before["params"] == chosen else {}
-    runs = {path.stem: notebooks.noted(path, p, folder) for path in notebooks.listing()}
-    seconds |= {name: run["seconds"] for name, run in runs.items() if run}
+def _provenance(p, seconds: dict[str, float], before: dict) -> dict:
+    """What made the figures: parameters, versions, machine, seconds of each notebook, also of earlier runs."""
+    params = p.model_dump(mode="json")
+    seconds = (before.get("seconds", {}) if before.get("params") == params else {}) | seconds
     versions = {name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")}
     return {
         "profile": p.profile,
         "name": p.name,
         "overrides": p.overrides,
         "seed": p.seed,
-        "params": chosen,
+        "params": params,
         "versions": {"python": platform.python_version(), **versions},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": _commit(),

@@ -62,6 +62,12 @@ def test_without_notebooks_it_says_where_to_work(call, monkeypatch, tmp_path):
     assert "clone" in call("run", code=2)
 
 
+def test_a_folder_of_runs_that_cannot_be_used_is_told(call, tmp_path):
+    (tmp_path / "runs").write_text("in the way")
+    told = call("run", "--profile", "smoke", "--only", "00", code=2)
+    assert f"error: FAITHKD_RUNS is {tmp_path / 'runs'}, which is no folder; name one, or unset it" in told
+
+
 def test_runs_skips_and_remakes(home):
     home.write("00-start", "print(profile)")
     second = home.write("01-first", SAVE, 'save("fig1.csv", "a"); save("fig1.png", "b")')
@@ -88,8 +94,8 @@ def test_runs_skips_and_remakes(home):
     home.call("run", "--only", "1")
     assert json.loads((figures / "provenance.json").read_text()) == about, "no figure changed: the tree stays clean"
     home.write("01-first", SAVE, 'save("fig1.csv", "c")')
-    (home.folder / "runs" / "digits" / "01-first.ipynb").write_text("[]")
-    assert "1 to run" in home.call("run", "--only", "1")
+    (home.folder / "runs" / "digits" / "done.json").write_text("[]")
+    assert "is ignored and made again" in home.call("run", "--only", "1")
     seconds = json.loads((figures / "provenance.json").read_text())["seconds"]
     assert set(seconds) == {"00-start", "01-first"} and seconds["01-first"] < seconds["00-start"] == 1234.5
 
@@ -194,7 +200,7 @@ def test_a_failing_cell_is_named_once(home, source, code, told):
     printed = home.call("run", code=code)
     assert told in printed and printed.count("error: ") == 1 and "Traceback" not in printed
     assert "runs/digits/01-fails.ipynb" in printed and (home.folder / "runs" / "digits" / "01-fails.ipynb").is_file()
-    assert "would run" in home.call("run", "--dry-run")
+    assert not notebooks.read_json(home.folder / "runs" / "digits" / "done.json")
 
 
 def test_params_are_shown_with_reasons(call):

@@ -109,21 +109,47 @@ def _digest(parts) -> str:
 # --- execution for a reader, by papermill
 
 
-def noted(path: Path, p, folder: Path) -> dict:
-    """What `execute` noted in the notebook that it left in `folder`: seconds, the files of figures/ that it made.
+class Record:
+    """done.json beside executed notebooks: by the name of each what it depended on, seconds, the files it made."""
 
-    {} where it has to run: its code, the parameters or the package changed, or something that it made is gone.
-    """
+    def __init__(self, file: Path):
+        self.file, self.entries = file, read_json(file)
+
+    def has(self, path: Path, p) -> bool:
+        """Whether a notebook ran with the same code and parameters, and what it made is still there."""
+        entry = self.entries.get(path.stem, {})
+        made = [self.file.with_name(path.name), *(p.figures_dir / name for name in entry.get("files", []))]
+        return entry.get("key") == run_key(path, p) and all(os.path.isfile(file) for file in made)
+
+    def add(self, path: Path, p, seconds: float, files: list[str]) -> None:
+        """Note at once, so that a kill loses at most the notebook in work."""
+        self.entries[path.stem] = {"key": run_key(path, p), "seconds": round(seconds, 1), "files": files}
+        write_json(self.file, self.entries)
+
+    def seconds(self) -> dict[str, float]:
+        return {stem: entry["seconds"] for stem, entry in self.entries.items()}
+
+
+def read_json(file: Path) -> dict:
+    """What a run left behind; nothing, which is said, where it is damaged or of another version."""
     try:
-        run = json.loads((folder / path.name).read_text(encoding="utf-8"))["metadata"]["faithkd"]["run"]
-        there = all((p.figures_dir / name).is_file() for name in run["files"])
-        return run if there and run["key"] == run_key(path, p) else {}
-    except (OSError, ValueError, LookupError, TypeError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError
+        return found
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, RecursionError):
+        print(f"{file} is damaged or of another version; it is ignored and made again", file=sys.stderr)
         return {}
 
 
-def execute(path: Path, p, folder: Path) -> tuple[dict, bool]:
-    """Execute a notebook into `folder`: what `noted` finds there, and whether any file of figures/ changed.
+def write_json(file: Path, content: dict) -> None:
+    paths.write(file, json.dumps(content, indent=1) + "\n")
+
+
+def execute(path: Path, p, folder: Path) -> tuple[float, list[str], bool]:
+    """Execute a notebook into `folder`: seconds, the files of figures/ it made, whether any changed.
 
     Raises CellFailed; the notebook as far as it got is there then, too.
     """
@@ -149,11 +175,7 @@ def execute(path: Path, p, folder: Path) -> tuple[dict, bool]:
     notes = [json.loads(line) for line in written.read_text("utf-8").splitlines()] if written.is_file() else []
     written.unlink(missing_ok=True)
     files = sorted({Path(os.path.relpath(note["path"], p.figures_dir)).as_posix() for note in notes})
-    executed = json.loads(target.read_text(encoding="utf-8"))
-    run = {"key": run_key(path, p), "seconds": round(time.monotonic() - start, 1), "files": files}
-    executed["metadata"]["faithkd"] = {"run": run}
-    paths.write(target, json.dumps(executed, indent=1, ensure_ascii=False) + "\n")
-    return run, any(note["written"] for note in notes)
+    return time.monotonic() - start, files, any(note["written"] for note in notes)
 
 
 # --- the committed notebooks: checked without execution
