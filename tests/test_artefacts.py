@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,34 +79,47 @@ def test_committed_ones_are_found_after_the_store_and_not_when_all_is_made_anew(
     assert len(calls) == 1, "made from other inputs"
 
 
-def test_what_is_packed_stays_when_more_is_kept_and_damage_in_the_repository_is_told_and_left(folder):
+def test_what_is_packed_stays_when_more_is_kept(folder):
     other = MEASURED.replace("0.1", "0.2")
     for path in (MEASURED, other):
         artefacts.artefact(path, {}, make())
         artefacts.keep({path: {}})
     assert all(artefacts.packed(path, {}) for path in (MEASURED, other))
     (file,) = (folder / "repository").rglob("*.safetensors")
-    damaged = a_bit(file.read_bytes())
-    paths.write(folder / "repository" / PATH, damaged)
-    file.write_bytes(damaged)
-    for read in (artefacts.packed, artefacts.load):
-        with pytest.warns(UserWarning, match="git checkout"):
-            assert read(other if read is artefacts.packed else PATH, {}) is None
-    assert file.read_bytes() == (folder / "repository" / PATH).read_bytes() == damaged
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.warns(UserWarning, match="git checkout"):
+        assert artefacts.packed(other, {}) is None
+    assert file.read_bytes() == bytes(data)
 
 
-def a_bit(data: bytes) -> bytes:
-    return data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
-
-
-@pytest.mark.parametrize("spoil", [lambda data: b"", lambda data: data[:100], a_bit, lambda data: b"\xff" * 500])
-def test_damage_is_told_and_made_again(spoil, folder):
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: b"",
+        lambda data: data[:100],
+        lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+        lambda data: b"\xff" * 500,
+    ],
+    ids=["empty", "short", "a bit", "noise"],
+)
+def test_damage_is_told_put_aside_and_made_again(spoil, folder):
     artefacts.artefact(PATH, {}, make())
     file = folder / "store" / PATH
     file.write_bytes(spoil(file.read_bytes()))
     with pytest.warns(UserWarning, match="is damaged .* made again"):
         found, _ = artefacts.artefact(PATH, {}, make())
-    assert equal(found, content()) and artefacts.load(PATH, {}), "whole again"
+    assert equal(found, content()) and file.with_name(f"{file.name}.damaged").exists()
+
+
+def test_damaged_committed_ones_are_told_and_left(folder):
+    file = folder / "repository" / PATH
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="git checkout"):
+        artefacts.artefact(PATH, {}, make())
+    assert file.read_bytes() == b"damaged"
 
 
 def test_a_killed_making_goes_on_at_its_checkpoint_and_only_for_the_same_inputs(folder):
@@ -123,6 +138,28 @@ def test_a_killed_making_goes_on_at_its_checkpoint_and_only_for_the_same_inputs(
             with pytest.raises(KeyboardInterrupt):
                 artefacts.artefact(PATH, {"a": 1}, killed)
     assert seen == [False, True] and not list((folder / "store").rglob("*.checkpoint"))
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from faithkd import paths
+for number in range(10**6):
+    paths.write(Path(sys.argv[1]), bytes([number % 256]) * 2_000_000)
+"""
+
+
+def test_sigkill_in_the_middle_of_writing_leaves_a_whole_file(folder):
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder / "file")])
+    try:
+        while not (folder / "file").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    data = (folder / "file").read_bytes()
+    assert len(data) == 2_000_000 and len(set(data)) == 1
 
 
 SLOW = """

@@ -49,7 +49,8 @@ def artefact(path: str, inputs: dict, make: Callable[[Path], tuple[dict[str, Ten
     if (found := load(path, inputs)) is not None:  # without the lock: a complete store may be read-only
         return found
     with alone(path, f"making {path}"):
-        if (found := load(path, inputs)) is None:  # another run may have made it meanwhile
+        # Another run may have made it meanwhile; and what cannot be read under the lock is really damaged.
+        if (found := load(path, inputs, mend=True)) is None:
             file = root() / path
             asked = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
             found = make(file.with_name(f"{file.name}.{asked}.checkpoint"))
@@ -59,17 +60,18 @@ def artefact(path: str, inputs: dict, make: Callable[[Path], tuple[dict[str, Ten
     return found
 
 
-def load(path: str, inputs: dict) -> tuple[dict[str, Tensor], dict] | None:
+def load(path: str, inputs: dict, mend: bool = False) -> tuple[dict[str, Tensor], dict] | None:
     """(tensors, notes) of the artefact made from `inputs`, from the store or the repository; None where there is none.
 
-    A damaged file counts as none, with a warning.
+    A damaged file counts as none; `mend` tells about it and puts it aside.
     """
     for watch in _watches:
         watch[path] = inputs
     fresh = os.environ.get("FAITHKD_FRESH")
     committed = not fresh or (fresh == "measurements" and path.startswith("weights/"))
     for folder in [root(), paths.ROOT] if committed else [root()]:
-        if (found := _found(folder / path, inputs)) is not None:
+        found = _found(folder / path, inputs, mend)
+        if found is not None:
             return found
     return None if fresh else packed(path, inputs)
 
@@ -97,14 +99,15 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, header
 
 
-def _found(file: Path, inputs: dict) -> tuple[dict[str, Tensor], dict] | None:
+def _found(file: Path, inputs: dict, mend: bool) -> tuple[dict[str, Tensor], dict] | None:
     if not os.path.isfile(file):
         return None
     try:
         tensors, header = read(file)
         return (tensors, header["notes"]) if header["inputs"] == _plain(inputs) else None
     except DAMAGE as error:
-        _tell_damage(file, error)
+        if mend:
+            _put_aside(file, error)
         return None
 
 
@@ -156,7 +159,7 @@ def keep(asked: dict[str, dict]) -> None:
     packs: dict[Path, dict] = {}
     for path, inputs in asked.items():
         if path.startswith("weights/"):
-            if _found(root() / path, inputs):
+            if _found(root() / path, inputs, mend=False):
                 paths.write(paths.ROOT / path, (root() / path).read_bytes())
         elif (found := load(path, inputs)) is not None:
             folder = re.match(r".*?/seed\d+(?=/)", path)[0]
@@ -183,7 +186,7 @@ def _unpacked(file: Path, _written: int) -> tuple[dict[str, dict[str, Tensor]], 
             tensors[entry][part] = tensor
         return tensors, header["entries"]
     except DAMAGE as error:
-        _tell_damage(file, error)
+        _put_aside(file, error)
         return {}, {}
 
 
@@ -245,6 +248,11 @@ def writing(folder: Path):
         ) from error
 
 
-def _tell_damage(file: Path, error: Exception) -> None:
-    remedy = "made again" if file.is_relative_to(root()) else "not used; get it anew with git checkout"
-    warnings.warn(f"{file} is damaged ({error}) and is {remedy}", stacklevel=2)
+def _put_aside(file: Path, error: Exception) -> None:
+    """Warn about a damaged artefact and rename it, so that it can be made again and looked at."""
+    if not file.is_relative_to(root()):
+        warnings.warn(f"{file} is damaged ({error}) and is not used; get it anew with git checkout", stacklevel=2)
+        return
+    warnings.warn(f"{file} is damaged ({error}); it is kept as {file.name}.damaged and made again", stacklevel=2)
+    with writing(file.parent):
+        os.replace(file, f"{file}.damaged")

@@ -135,7 +135,9 @@ def _contents(p: Params, pieces: list[Piece], description: str) -> list[pd.DataF
             raise Unmeasured(f"measurements/ does not hold all {description} of {p.name}; `make evidence` makes them")
         # One notebook at a time has all cores; what it makes, another that waited need not make again.
         with artefacts.alone("measuring", "measuring on all cores"):
-            found = [_kept(*name) if frame is None else frame for frame, name in zip(found, named, strict=True)]
+            found = [
+                _kept(*name, mend=True) if frame is None else frame for frame, name in zip(found, named, strict=True)
+            ]
             groups: dict[tuple, list[int]] = {}
             for place, piece in enumerate(pieces):
                 if found[place] is None:
@@ -153,8 +155,8 @@ def _contents(p: Params, pieces: list[Piece], description: str) -> list[pd.DataF
     return found
 
 
-def _kept(path: str | None, inputs: dict) -> pd.DataFrame | None:
-    found = path and artefacts.load(path, inputs)
+def _kept(path: str | None, inputs: dict, mend: bool = False) -> pd.DataFrame | None:
+    found = path and artefacts.load(path, inputs, mend)
     return to_table(*found) if found else None
 
 
