@@ -286,7 +286,7 @@ def _provenance(p, seconds: dict[str, float], before: dict) -> dict:
         "versions": {"python": platform.python_version(), **versions},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "commit": _commit(),
-        "seconds": {name: seconds[name] for name in runs if name in seconds},
+        "seconds": {path.stem: seconds[path.stem] for path in notebooks.listing() if path.stem in seconds},
     }
 
 
