@@ -254,6 +254,7 @@ def test_everything_can_be_dragged_and_watched(built, page):
     epsilon.locator("input").fill("6")
     assert "ε = 0.3" in epsilon.locator("p[aria-live]").inner_text()
     epsilon.scroll_into_view_if_needed()
+    played = re.compile(r"^step ([3-9]|\d\d) |^([4-9]|\d\d) parts")  # on a slow machine it may be past the third
     for name, count, last in (
         ("attacks", 10, "step 10 of 10"),
         ("ascent", 20, "step 20 of 20"),
@@ -267,7 +268,7 @@ def test_everything_can_be_dragged_and_watched(built, page):
         root.get_by_role("button", name="Start again").click()
         assert last not in root.locator("[aria-live]").inner_text()
         root.get_by_role("button", name="Play").click()
-        root.locator("[aria-live]", has_text=re.compile("^step 3 |^4 parts")).wait_for()
+        root.locator("[aria-live]", has_text=played).wait_for()
     assert page.asked == [] and page.errors == []
 
 

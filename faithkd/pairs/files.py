@@ -36,10 +36,11 @@ def load_images(path: str | Path) -> Tensor:
     with about(path, "no images can be read from it, only from .npy and .npz files"):
         found = np.load(path, allow_pickle=False)
         if isinstance(found, np.lib.npyio.NpzFile):
-            names = [name for name in ("x", "images") if name in found.files] or found.files
-            if len(names) != 1:
-                raise FaithkdError(f"it holds {', '.join(names) or 'nothing'}; name the images x")
-            found = found[names[0]]
+            with found as arrays:
+                names = [name for name in ("x", "images") if name in arrays.files] or arrays.files
+                if len(names) != 1:
+                    raise FaithkdError(f"it holds {', '.join(names) or 'nothing'}; name the images x")
+                found = arrays[names[0]]
         if not found.size:
             raise FaithkdError(f"it holds an array of shape {found.shape}, no image; needed are (N, *shape) with N > 0")
         return torch.from_numpy(found.astype(found.dtype.newbyteorder("="), copy=False))
