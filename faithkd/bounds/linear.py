@@ -105,7 +105,8 @@ class Highest(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         rows, lower, upper = ctx.saved_tensors
-        corner = torch.where(rows > 0, upper.unsqueeze(1), lower.unsqueeze(1))
+        # not where(), which is many times slower than arithmetic
+        corner = rows.sign().mul_((upper - lower).unsqueeze(1) / 2).add_((upper + lower).unsqueeze(1) / 2)
         return corner.mul_(gradient.view(*gradient.shape, *[1] * (rows.ndim - 2))), None, None
 
 

@@ -288,7 +288,7 @@ class Elementwise(Operator):
     """y = f(z) number by number: a row takes the line above where it is positive, else the one below."""
 
     def transpose(self, rows, lines, slopes, shape):
-        positive = rows.clamp(min=0)
+        positive = F.relu(rows)
         negative = rows - positive
         below = lines.below if slopes is None else self.allowed(slopes, lines)
         return [positive * lines.above + negative * below], lines.constant(positive, negative)
@@ -298,8 +298,9 @@ class Elementwise(Operator):
         """What was chosen, in [0, 1], where a unit is free; elsewhere the line's own."""
         if lines.free is None:
             return lines.start
-        # not clamp(), whose gradient vanishes at 0 and 1, where every descent begins
-        return torch.where(lines.free & (slopes >= 0) & (slopes <= 1), slopes, lines.start)
+        # a descent stays inside by itself; the gradient of clamp() vanishes at 0 and 1, where every descent begins
+        inside = slopes if slopes.requires_grad else slopes.clamp(0, 1)
+        return torch.lerp(lines.start, inside, lines.free.to(slopes))  # where() is many times slower than arithmetic
 
 
 class ReLU(Elementwise):
