@@ -1,4 +1,4 @@
-"""Measurements: `python -m benchmarks.bounds`, `python -m benchmarks.violations`, `python -m benchmarks.attacks`."""
+"""Measurements: `python -m benchmarks.bounds`, `python -m benchmarks.kinds`, `python -m benchmarks.violations`."""
 
 import os
 

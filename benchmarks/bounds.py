@@ -12,8 +12,8 @@ import typer
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.common import RESULTS, OnlyReport, Out, Profile, Settings, facts, save, start, taking_part
-from benchmarks.contenders import CONTENDERS, load
+from benchmarks.common import RESULTS, OnlyReport, Out, facts, save, start
+from benchmarks.contenders import CONTENDERS, PEERS, load, taking_part
 from faithkd import experiment, params
 from faithkd.core import data
 
@@ -22,8 +22,8 @@ LONG = 1.0  # seconds an image: above, only `best` is measured; `bab` is the sam
 
 
 def main(
-    profile: Profile = "mnist",
-    settings: Settings = None,
+    profile: Annotated[str, typer.Option(help="Which params/*.yaml.")] = "mnist",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE of a parameter; repeatable.")] = None,
     student: Annotated[list[str] | None, typer.Option(help="SD, ARD, RSLAD or FD (default); repeatable.")] = None,
     eps: Annotated[list[str] | None, typer.Option(help="Radii; repeatable; default: evaluate.eps.")] = None,
     images: Annotated[int, typer.Option(help="Images of the test subset.")] = 40,
@@ -42,11 +42,11 @@ def main(
         return
     out.mkdir(parents=True, exist_ok=True)
     specs = []
-    for name in taking_part(methods, CONTENDERS, always="crown"):
+    for name in taking_part(methods):
         offered = [float(budget) for budget in budgets.split(",")] if CONTENDERS[name].anytime else [None]
         specs += [(name, budget) for budget in offered if name == "best" or (budget or 0) <= LONG]
     sizes = {"images": images, "frontier_images": frontier_images, "slow_images": slow_images, "rounds": rounds}
-    save(out / f"bounds-{profile}.json", json.dumps(facts(p, CONTENDERS) | sizes, indent=1))
+    save(out / f"bounds-{profile}.json", json.dumps(facts(p, PEERS) | sizes, indent=1))
     parts = []
     for name in student or ["FD"]:
         pair = experiment.teacher(p), experiment.student(p, name)

@@ -1,10 +1,9 @@
-"""What the benchmarks share: who can take part, what the numbers rest on, and how they are written."""
+"""What the benchmarks share: what the numbers rest on, and how they are written."""
 
 import os
 import platform
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -19,44 +18,14 @@ from faithkd.errors import FaithkdError
 RESULTS = Path(__file__).parent / "results"
 INSTALLED = {package.name: package.version for package in metadata.distributions()}
 
-Profile = Annotated[str, typer.Option(help="Which params/*.yaml.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a parameter; repeatable.")
-]
 OnlyReport = Annotated[bool, typer.Option("--report", help="Only write tables and plots anew.")]
 Out = Annotated[Path, typer.Option(help="Where the results go.")]
 
 
-@dataclass(frozen=True)
-class Contender:
-    """`what` it is in a table, a peer's `package` and how to `install` it; if it takes a budget, gets few images."""
-
-    what: str
-    package: str = ""
-    install: str = ""
-    anytime: bool = False
-    slow: bool = False
-
-
-def taking_part(names: str, known: dict[str, Contender], always: str) -> list[str]:
-    """Those of `names`, given by commas, that are there, after `always`; prints who is not, and how to install it."""
-    there = [always]
-    for name in names.split(","):
-        if name not in known:
-            raise FaithkdError(f"unknown contender {name!r}: choose from {', '.join(known)}")
-        package, install = known[name].package, known[name].install
-        if package and package not in INSTALLED:
-            print(f"without {name}: {package} is not installed: {install or f'pip install {package}'}")
-        else:
-            there.append(name)
-    return list(dict.fromkeys(there))
-
-
-def facts(p: params.Params, contenders: dict[str, Contender]) -> dict:
+def facts(p: params.Params, peers: Sequence[str] = ()) -> dict:
     """What the numbers rest on, without anything that names a machine or a person."""
     info = Path("/proc/cpuinfo")
     models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    peers = [contender.package for contender in contenders.values()]
     versions = {name: INSTALLED[name] for name in ("torch", "numpy", "cvxpy", "highspy", *peers) if name in INSTALLED}
     return {
         "profile": p.profile,

@@ -1,10 +1,24 @@
 """Who bounds: our own methods and the peers that they are measured against."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from benchmarks.common import Contender
+from benchmarks.common import INSTALLED
 from faithkd.bounds import faithfulness_upper_bound, interval_bound, softmax_interval
 from faithkd.core.attacks import ball
+from faithkd.errors import FaithkdError
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`what` it is in a table, a peer's `package` and how to `install` it; if it takes a budget, gets few images."""
+
+    what: str
+    package: str = ""
+    install: str = ""
+    anytime: bool = False
+    slow: bool = False
+
 
 BY_HAND = "by hand (benchmarks/README.md says into what) from https://github.com/Verified-Intelligence/auto_LiRPA"
 CONTENDERS = {  # in this order they are measured and shown: each of ours beside the peers like it
@@ -18,6 +32,21 @@ CONTENDERS = {  # in this order they are measured and shown: each of ours beside
     "bab": Contender("branch and bound", anytime=True),
     "best": Contender("the ladder of all, all cores", anytime=True),
 }
+PEERS = [contender.package for contender in CONTENDERS.values()]
+
+
+def taking_part(names: str) -> list[str]:
+    """Those of `names`, given by commas, that are there, after crown; prints who is not, and how to install it."""
+    there = ["crown"]
+    for name in names.split(","):
+        if name not in CONTENDERS:
+            raise FaithkdError(f"unknown contender {name!r}: choose from {', '.join(CONTENDERS)}")
+        package, install = CONTENDERS[name].package, CONTENDERS[name].install
+        if package and package not in INSTALLED:
+            print(f"without {name}: {package} is not installed: {install or f'pip install {package}'}")
+        else:
+            there.append(name)
+    return list(dict.fromkeys(there))
 
 
 def load(name: str) -> Callable:

@@ -50,7 +50,7 @@ def main(
         x, split = data.test_subset(p).x[:images], data.training(p)
         triples = {kind: networks(kind, split) for kind in kinds.split(";")}
         theirs, version = asked(peer, triples, *ball(x.double(), eps))
-        told = facts(p, {}) | {"eps": eps, "images": images, "auto_LiRPA": version}
+        told = facts(p) | {"eps": eps, "images": images, "auto_LiRPA": version}
         save(out / "kinds.json", json.dumps(told, indent=1))
         lines = [line for kind, triple in triples.items() for line in compare(kind, triple, x, eps, theirs)]
         save(out / "kinds.csv", pd.DataFrame(lines))

@@ -1,6 +1,5 @@
 """The benchmarks: right columns, sound bounds, peers that say what our own programs say. Nothing is timed."""
 
-import dataclasses
 import itertools
 from functools import partial
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import attacks, bounds, common, contenders, kinds, report, violations
+from benchmarks import bounds, common, contenders, kinds, report, violations
 from faithkd import experiment, params
 from faithkd.bounds import difference_bounds
 from faithkd.errors import FaithkdError
@@ -64,7 +63,7 @@ def test_contenders_take_turns_and_who_fails_is_left_out_while_the_run_goes_on(d
 def test_a_bound_below_EmpLB_is_shown_and_tables_are_written(values, tmp_path, digits, capsys):  # noqa: N802
     broken = values.assign(bound=values["bound"].where(values["method"] != "bab", 0.0))
     broken.to_csv(tmp_path / "values-digits.csv", index=False)
-    facts = pd.Series(common.facts(digits[0], contenders.CONTENDERS) | SIZES)
+    facts = pd.Series(common.facts(digits[0], contenders.PEERS) | SIZES)
     common.save(tmp_path / "bounds-digits.json", facts.to_json())
     bounds.main(profile="digits", only_report=True, out=tmp_path)
     kinds = {"values": ["csv"], "bounds": ["csv", "json", "md"], "aims": ["md"], "frontier": ["pdf", "png"]}
@@ -92,11 +91,11 @@ def test_the_papers_lp_is_our_lp_on_the_same_boxes():
 
 
 def test_unknown_and_absent_contenders(monkeypatch, capsys):
-    monkeypatch.setattr(common, "INSTALLED", {})
-    assert common.taking_part("lirpa-crown,joint", contenders.CONTENDERS, "crown") == ["crown", "joint"]
+    monkeypatch.setattr(contenders, "INSTALLED", {})
+    assert contenders.taking_part("lirpa-crown,joint") == ["crown", "joint"]
     assert "without lirpa-crown: auto_LiRPA is not installed: by hand" in capsys.readouterr().out
     with pytest.raises(FaithkdError, match="unknown contender 'crwn'"):
-        common.taking_part("crwn", contenders.CONTENDERS, "crown")
+        contenders.taking_part("crwn")
 
 
 def test_pairs_of_other_kinds_are_compared_and_what_misses_the_aim_is_bold(monkeypatch, tmp_path, digits):
@@ -130,17 +129,3 @@ def test_random_checks_find_a_bound_that_is_too_low_and_no_other(monkeypatch, ca
     monkeypatch.setattr(violations, "largest_difference", lambda *arguments: 2 * right(*arguments))
     assert violations.run(4000, seed=0, names=["crown"])[1]["crown"] > 0
     assert "VIOLATION: crown" in capsys.readouterr().out
-
-
-def test_attacks_are_compared_and_who_does_less_is_left_out(digits, monkeypatch, capsys):
-    task, right = attacks.make_task(digits[0], "SD", 5), attacks.by_ascend
-    far = dataclasses.replace(task, eps=9.0, sizes=task.sizes | {"step_size": 9.0})
-    lazy = dataclasses.replace(task, sizes=task.sizes | {"steps": 2})
-    for other, reason in ((far, "outside the ball"), (lazy, "took 2 gradients")):
-        monkeypatch.setitem(attacks.MAKERS, "foolbox", lambda _task, other=other: right(other))
-        found = attacks.compare(task, ["ascend", "search", "foolbox"], rounds=1).set_index("contender")
-        assert set(found.index) == {"ascend", "search"} and reason in capsys.readouterr().out
-    assert found.loc["search", "loss"] >= found.loc["ascend", "loss"] - 1e-6 and found.loc["ascend", "to_ours"] == 1
-    monkeypatch.setitem(attacks.MAKERS, "ascend", lambda _task: right(lazy))
-    with pytest.raises(FaithkdError, match="took 2 gradients"):  # what fails of ours is an error
-        attacks.compare(task, ["ascend"], rounds=1)

@@ -78,7 +78,7 @@ def test_the_ledger_is_made_by_the_functions_named():
 
 
 def test_parameters_named_in_the_deviations_exist():
-    names = {name for name, _, _ in params.describe(params.load("mnist"))}
+    names = {name for name, _, _ in params.load("mnist").described()}
     for row in rows("Where the paper is ambiguous, and what we do"):
         for name in re.findall(r"`([\w.]+)`", row[-1]):
             assert any(known == name or known.startswith(f"{name}.") for known in names), name

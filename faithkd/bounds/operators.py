@@ -298,9 +298,10 @@ class Elementwise(Operator):
         """What was chosen, in [0, 1], where a unit is free; elsewhere the line's own."""
         if lines.free is None:
             return lines.start
-        # a descent stays inside by itself; the gradient of clamp() vanishes at 0 and 1, where every descent begins
-        inside = slopes if slopes.requires_grad else slopes.clamp(0, 1)
-        return torch.lerp(lines.start, inside, lines.free.to(slopes))  # where() is many times slower than arithmetic
+        if slopes.requires_grad:  # a descent stays inside by itself, and where() is many times slower than arithmetic
+            return torch.lerp(lines.start, slopes, lines.free.to(slopes))
+        # not clamp(): where a slope is no number, the line's own is better than none
+        return torch.where(lines.free & (slopes >= 0) & (slopes <= 1), slopes, lines.start)
 
 
 class ReLU(Elementwise):

@@ -64,16 +64,15 @@ def _renewed(page: str, text: str, **blocks: list[str]) -> str:
 
 
 def _measured() -> list[str]:
-    """What the benchmarks found: on MNIST bounds and cost, tightness over time, aims, attacks; pairs of other kinds."""
+    """What the benchmarks found: on MNIST bounds and cost, tightness over time, aims; pairs of other kinds."""
     folder = paths.ROOT / "benchmarks" / "results"
     if not (folder / "bounds-mnist.md").is_file():
         return []
     bounds, aims = ((folder / f"{name}-mnist.md").read_text(encoding="utf-8").strip() for name in ("bounds", "aims"))
     shown = ["![Share of the gap closed over seconds an image, a panel for each radius](results/frontier-mnist.png)\n"]
     folded = {"What we had set out to reach": aims}
-    for title, name in (("PGD beside foolbox", "attacks-mnist"), ("Pairs of other kinds beside auto_LiRPA", "kinds")):
-        if (page := folder / f"{name}.md").is_file():
-            folded[title] = page.read_text(encoding="utf-8").strip()
+    if (page := folder / "kinds.md").is_file():
+        folded["Pairs of other kinds beside auto_LiRPA"] = page.read_text(encoding="utf-8").strip()
     details = [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in folded.items()]
     return [f"{bounds}\n", *shown, *details]
 

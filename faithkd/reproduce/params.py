@@ -285,9 +285,6 @@ class Params(Group):
         return self
 
 
-describe = Params.described
-
-
 def _contradictions(p: Params):
     """Yield (dotted name, what is wrong) for values that are fine alone but not together."""
     data, (train_images, test_images, shape) = p.data, IMAGES[p.data.name]
