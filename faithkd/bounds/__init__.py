@@ -9,7 +9,6 @@ only makes things faster.
 """
 
 from faithkd.bounds.methods import (
-    ALONE,
     CERTIFIED,
     LADDER,
     METHODS,
@@ -23,7 +22,6 @@ from faithkd.bounds.methods import (
 from faithkd.bounds.softmax import interval_bound, softmax_interval
 
 __all__ = [
-    "ALONE",
     "CERTIFIED",
     "LADDER",
     "METHODS",

@@ -44,7 +44,6 @@ LADDER = {
     "bab": (*_LINEAR, "joint", "bab"),
     "best": (*_LINEAR, "joint", "bab"),
 }
-ALONE = _LINEAR  # methods that look at one network at a time, whatever the other is
 CERTIFIED = "certified"
 NOT_FINITE = "not finite: trivial bound 1"
 PIECE = 16  # images searched at once, and given to one process at a time

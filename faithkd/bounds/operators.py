@@ -295,12 +295,11 @@ class Elementwise(Operator):
 
     @staticmethod
     def allowed(slopes: Tensor, lines: Lines) -> Tensor:
-        """What was chosen, in [0, 1], where a unit is free; elsewhere the line's own."""
+        """What was chosen, in [0, 1], where a unit is free; elsewhere, or where that is no number, the line's own."""
         if lines.free is None:
             return lines.start
         if slopes.requires_grad:  # a descent stays inside by itself, and where() is many times slower than arithmetic
             return torch.lerp(lines.start, slopes, lines.free.to(slopes))
-        # not clamp(): where a slope is no number, the line's own is better than none
         return torch.where(lines.free & (slopes >= 0) & (slopes <= 1), slopes, lines.start)
 
 

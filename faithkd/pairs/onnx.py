@@ -37,11 +37,8 @@ def pad(z, pads, value=0.0, axes=None, *, mode="constant") -> Tensor:
 def window(z, kernel, strides, dilations, pads, auto_pad="", value=0.0) -> tuple[Tensor, list, list, list]:
     """The image, and torch's stride, padding and dilation; padding that differs from side to side is done here."""
     count = len(kernel)
-    strides, dilations, pads = (
-        list(strides) or [1] * count,
-        list(dilations) or [1] * count,
-        list(pads) or [0] * 2 * count,
-    )
+    strides, dilations = list(strides) or [1] * count, list(dilations) or [1] * count
+    pads = list(pads) or [0] * 2 * count
     if auto_pad.startswith("SAME"):
         form = zip(z.shape[2:], kernel, strides, dilations, strict=True)
         total = [max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0) for size, k, s, d in form]
