@@ -112,7 +112,7 @@ def run(
                 print("already there", flush=True)
         about = p.figures_dir / "provenance.json"
         if changed or not about.is_file():
-            notebooks.write_json(about, _provenance(p, record.seconds(), notebooks.read_json(about)))
+            notebooks.write_json(about, _provenance(p, record, notebooks.read_json(about)))
     made = sorted({path.stem for path in p.figures_dir.glob("*") if re.match(r"(fig|table)\d", path.name)})
     print(f"tables and figures: {_short(p.figures_dir)} ({', '.join(made) or 'none'})")
     print(f"executed notebooks: {_short(folder)}")
@@ -272,10 +272,11 @@ def _stops_politely():
         raise typer.Exit(130) from None
 
 
-def _provenance(p, seconds: dict[str, float], before: dict) -> dict:
+def _provenance(p, record: notebooks.Record, before: dict) -> dict:
     """What made the figures: parameters, versions, machine, seconds of each notebook, also of earlier runs."""
     params = p.model_dump(mode="json")
-    seconds = (before.get("seconds", {}) if before.get("params") == params else {}) | seconds
+    seconds = before.get("seconds", {}) if before.get("params") == params else {}
+    seconds |= {stem: entry["seconds"] for stem, entry in record.entries.items()}
     versions = {name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")}
     return {
         "profile": p.profile,

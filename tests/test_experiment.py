@@ -114,6 +114,9 @@ def test_measurements_follow_the_recipe(p, monkeypatch):
     after = experiment.bracket(p, guide, experiment.student(p, "SD"), images, 0.0613)
     assert (after["FaithUB"] == 1).all() and (before["FaithUB"] < 1).all()
     assert after["status"].tolist() == [bounds.CERTIFIED, bounds.NOT_FINITE]
+    monkeypatch.setattr(recipes, "SEARCHING", -2)  # one for what is slow, so that a better search keeps all the rest
+    pieces = [measuring.cut(p, kind, guide, guide, images, 0.1)[0] for kind in ("EmpLB", "FaithUB", "best")]
+    assert [piece.inputs["recipe"] for piece in pieces] == [-1, -1, -2]
 
 
 def test_a_teacher_is_bounded_once_for_all_students_and_nothing_else_changes(p, faithfulness, monkeypatch):

@@ -163,7 +163,7 @@ def test_an_error_and_a_dead_worker_are_the_callers(monkeypatch):
     with pytest.raises(FaithkdError, match="worker process ended abruptly"):
         list(workers.run([partial(os._exit, 1)] * 2))
     with pytest.raises(FaithkdError, match="another version of faithkd"):
-        measuring._make(-1, "EmpLB", None, None, [])
+        measuring._make((-1, 1), "EmpLB", None, None, [])
 
 
 @pytest.mark.parametrize("text", ["many", "0", "-3", "2.5", "²"])

@@ -60,7 +60,7 @@ class Piece:
         seen = self.images.x.contiguous().numpy().tobytes()
         pixels = seen and seen + self.images.y.contiguous().numpy().tobytes()
         return {
-            "recipe": recipes.MEASURING,
+            "recipe": recipes.SEARCHING if _searches(self.kind, self.p) else recipes.MEASURING,
             "networks": [fingerprint(network) for network in (self.guide, self.network) if network is not None],
             "images": hashlib.sha256(pixels).hexdigest()[:16] if pixels else None,  # `data.unseen`: whichever they were
             "eps": float(self.eps),
@@ -94,10 +94,13 @@ def measured(p: Params, kinds: list[str], guide: nn.Module | None, nets: dict, r
 
 def cut(p: Params, kind: str, guide: nn.Module | None, network: nn.Module, images: Split, eps: float) -> list[Piece]:
     """A measurement in pieces: of a few images each where it is slow, else of all."""
-    slow = kind == "best" or (kind == "FaithUB" and p.bounds.method not in QUICK)
-    size = SLOW_PIECE if slow else len(images)
+    size = SLOW_PIECE if _searches(kind, p) else len(images)
     firsts = range(0, len(images), size)
     return [Piece(p, kind, guide, network, images[first : first + size], eps, first) for first in firsts]
+
+
+def _searches(kind: str, p: Params) -> bool:
+    return kind == "best" or (kind == "FaithUB" and p.bounds.method not in QUICK)
 
 
 def _settings(kind: str, p: Params) -> dict:
@@ -197,12 +200,12 @@ def _call(pieces: list[Piece]) -> Callable[[], list[pd.DataFrame]]:
     one = pieces[0]
     images = one.images[torch.arange(len(one.images))]  # a copy: a tensor's whole memory would go along
     given = one.p, one.guide, [piece.network for piece in pieces], images, float(one.eps)
-    return partial(_make, recipes.MEASURING, one.kind, *given)
+    return partial(_make, (recipes.MEASURING, recipes.SEARCHING), one.kind, *given)
 
 
-def _make(recipe: int, kind: str, p: Params, guide: nn.Module | None, networks: list, *where) -> list[pd.DataFrame]:
+def _make(numbers: tuple, kind: str, p: Params, guide: nn.Module | None, networks: list, *where) -> list[pd.DataFrame]:
     """The content of pieces; refused where a worker has another version of the package than this process."""
-    if recipe != recipes.MEASURING:
+    if numbers != (recipes.MEASURING, recipes.SEARCHING):
         raise FaithkdError("a worker has another version of faithkd than this process: start the cluster anew")
     if kind in TOGETHER:
         return MAKERS[kind](p, guide, networks, *where)

@@ -88,7 +88,8 @@ def stamp(path: Path, p) -> str:
 
     What else of the package they show is compared in `make test`, which executes the notebooks again.
     """
-    return _digest([_code(path), p.model_dump(mode="json"), recipes.TRAINING, recipes.MEASURING])
+    numbers = recipes.TRAINING, recipes.MEASURING, recipes.SEARCHING
+    return _digest([_code(path), p.model_dump(mode="json"), *numbers])
 
 
 def run_key(path: Path, p) -> str:
@@ -125,9 +126,6 @@ class Record:
         """Note at once, so that a kill loses at most the notebook in work."""
         self.entries[path.stem] = {"key": run_key(path, p), "seconds": round(seconds, 1), "files": files}
         write_json(self.file, self.entries)
-
-    def seconds(self) -> dict[str, float]:
-        return {stem: entry["seconds"] for stem, entry in self.entries.items()}
 
 
 def read_json(file: Path) -> dict:

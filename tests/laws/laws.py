@@ -1,7 +1,7 @@
 """What every bound must satisfy. Truth comes from points only, run through the networks by torch itself, or from
 rational numbers.
 
-`test_laws` checks the package as it is, `test_mistakes` with mistakes planted: each must fail one of these laws.
+`test_mistakes` checks the package as it is, and with mistakes planted: each must fail one of these laws.
 """
 
 import copy

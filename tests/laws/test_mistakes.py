@@ -1,4 +1,4 @@
-"""Mistakes planted in the bounds by replacing a method or a function: a law must notice every one of them.
+"""The bounds satisfy every law; and mistakes planted by replacing a method or a function: a law must notice each.
 
 A mistake that survives means that a law is missing.
 """
@@ -18,6 +18,11 @@ from torch.nn import functional as F
 
 from faithkd.bounds import agreement, alone, domains, graph, joint, layers, linear, methods, operators, search, softmax
 from faithkd.bounds.operators import Affine, Elementwise, Lines, MaxPool2d, ReLU, dot
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+def test_law(law):
+    law()
 
 
 class Mistake(NamedTuple):
