@@ -298,7 +298,7 @@ class Elementwise(Operator):
         """What was chosen, in [0, 1], where a unit is free; elsewhere, or where that is no number, the line's own."""
         if lines.free is None:
             return lines.start
-        if slopes.requires_grad:  # a descent stays inside by itself, and where() is many times slower than arithmetic
+        if lines.noise is None:  # rough: no bound, and where() is many times slower than arithmetic
             return torch.lerp(lines.start, slopes, lines.free.to(slopes))
         return torch.where(lines.free & (slopes >= 0) & (slopes <= 1), slopes, lines.start)
 
