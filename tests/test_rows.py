@@ -85,17 +85,16 @@ def wrong_sign(monkeypatch):
     monkeypatch.setattr(rows, "dual", wrong)
 
 
-def empty_without_margin(monkeypatch):
-    right = domains.meet
-    monkeypatch.setattr(domains, "meet", lambda low, high: (*right(low, high)[:2], low > high - 0.3))
+def finished_is_forgotten(monkeypatch):
+    monkeypatch.setattr(rows.Rows, "closing", lambda of, parts: of)
 
 
 def half_is_lost(monkeypatch):
-    right = domains.rebox
-    monkeypatch.setattr(domains, "rebox", lambda *of: right(*of) | (torch.arange(len(of[2].unit)) % 2 == 1))
+    right = domains.halve
+    monkeypatch.setattr(domains, "halve", lambda of, splits: (half := right(of, splits)[: len(of.image)]).join(half))
 
 
-@pytest.mark.parametrize("mistake", [wrong_sign, empty_without_margin, half_is_lost])
+@pytest.mark.parametrize("mistake", [wrong_sign, finished_is_forgotten, half_is_lost])
 def test_planted_mistakes_are_seen(mistake, monkeypatch):
     mistake(monkeypatch)
     worst = []

@@ -50,8 +50,9 @@ PIECE = 16  # images searched at once, and given to one process at a time
 DEFAULT_NODES, UNLIMITED = 1000, 10**9
 PARTS = 32_000  # of all images searched at once; one image alone may make more, and takes what it needs
 SPEED = 2000  # parts made in a second, at most
-ROW_PARTS = 16  # of each row's tree, where `rows` is asked for and nothing said
+ROW_PARTS = 32  # of each row's tree, where nothing is said; of a budget, for one second
 ROW_SHARE = 0.2  # of a budget, for the rows of each network
+LEAST = 3  # times what alpha-crown took: less time for rows is better spent in the search
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Choices:
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
     `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand; 0 leaves the
-    rung out. Without it 16 for rows, and 0 for bab and best.
+    rung out. Without it 32 for rows, for bab and best as many as a budget allows, and 0 where nodes are counted.
 
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
     `progress`: whether to show a bar.
@@ -144,7 +145,9 @@ class Choices:
         """How many parts each row's tree may have, 0 where there are none."""
         if self.method not in ("rows", "bab", "best"):
             return 0
-        return (ROW_PARTS if self.method == "rows" else 0) if self.parts is None else self.parts
+        if self.parts is None and (self.budget is not None or self.method == "rows"):
+            return math.ceil(ROW_PARTS * math.sqrt(self.budget or 1.0))
+        return self.parts or 0
 
 
 @dataclass(frozen=True)
@@ -300,7 +303,7 @@ class Alone:
 
 def of_one(network: Network, q: int, box: Box, choices: Choices) -> Alone:
     """One network's rungs for some images, up to alpha-crown or rows."""
-    names, found = choices.rungs, None
+    names, found, begin = choices.rungs, None, time.monotonic()
     boxes = interval(network, *box)
     rungs = {"interval": box_differences(*boxes[-1])}
     if "crown" in names:
@@ -310,8 +313,9 @@ def of_one(network: Network, q: int, box: Box, choices: Choices) -> Alone:
         found = root(network, q, *box)
         boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
     if "rows" in names:
-        deadline = math.inf if choices.budget is None else time.monotonic() + ROW_SHARE * choices.budget * len(box[0])
-        found = narrowed(found, choices.row_parts, deadline)
+        room = math.inf if choices.budget is None else ROW_SHARE * choices.budget * len(box[0])
+        if LEAST * (time.monotonic() - begin) < room:
+            found = narrowed(found, choices.row_parts, time.monotonic() + room)
         boxes, rungs["rows"] = found.bounds, torch.minimum(rungs["alpha-crown"], found.highest)
     last = list(rungs.values())[-1]
     return Alone(network, rungs, last.isfinite().flatten(1).all(1), boxes, found)
