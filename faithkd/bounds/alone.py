@@ -56,6 +56,13 @@ def apart(odds: tuple[Box, Box]) -> Tensor:
     return (class_bounds(*confidences) + 2.0**-50).clamp(0, 1)
 
 
+def most_apart(odds: list[Box], cap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest value of eq. (11), but where `cap` `(N, 2, C)` is clearly below, its order and its class: `(N,)`."""
+    bound = apart(odds)
+    value, place = torch.where(cap < NEARLY * bound, 0.0, bound).flatten(1).max(1)
+    return value, place // bound.shape[2], place % bound.shape[2]
+
+
 def plant(root: Root) -> Tree:
     """The tree of a network before any split: every image's whole ball."""
     return Tree(replace(whole((root,)), phases={}), *(end.clone() for end in root.odds), root.highest)
@@ -70,17 +77,15 @@ def search_alone(
     are made, or where a tree fills its ROOM. A class whose `cap` `(N, 2, C)`, a bound found otherwise, is clearly below
     eq. (11) is left alone.
     """
-    images, classes = roots[0].odds[0].shape
+    images = len(cap)
     made, stuck = torch.zeros(images, dtype=torch.long), torch.zeros(images, dtype=torch.bool)
     while True:
         odds = ranges(trees, images)
-        bound = apart(odds)
-        value, place = torch.where(cap < NEARLY * bound, 0.0, bound).flatten(1).max(1)
+        value, order, label = most_apart(odds, cap)
         large = [full(tree.domains.image, images, tree) for tree in trees]
         busy = (value > goal) & (made < nodes) & ~stuck & ~large[0] & ~large[1]
         if not busy.any() or time.monotonic() > deadline:
             return trees, made
-        order, label = place // classes, place % classes
         turn = steeper(trees, odds, order, label)
         both = zip(roots, trees, strict=True)
         grown = [grow(root, tree, busy & (turn == root.q), order == root.q, label) for root, tree in both]

@@ -90,8 +90,9 @@ class Choices:
     "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
-    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand; 0 leaves the
-    rung out. Without it 32 for rows, for bab and best as many as a budget allows, and 0 where nodes are counted.
+    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, with trees for
+    differences as well; 0 leaves them out. Without it 32 for rows, for bab and best 32 times the root of a budget in
+    seconds (if rows fit into it), and 0 where nodes are counted.
 
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
     `progress`: whether to show a bar.
@@ -299,11 +300,12 @@ class Alone:
     finite: Tensor
     boxes: list[Box]
     root: Root | None
+    by_rows: bool
 
 
 def of_one(network: Network, q: int, box: Box, choices: Choices) -> Alone:
     """One network's rungs for some images, up to alpha-crown or rows."""
-    names, found, begin = choices.rungs, None, time.monotonic()
+    names, found, begin, by_rows = choices.rungs, None, time.monotonic(), False
     boxes = interval(network, *box)
     rungs = {"interval": box_differences(*boxes[-1])}
     if "crown" in names:
@@ -314,11 +316,12 @@ def of_one(network: Network, q: int, box: Box, choices: Choices) -> Alone:
         boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
     if "rows" in names:
         room = math.inf if choices.budget is None else ROW_SHARE * choices.budget * len(box[0])
-        if LEAST * (time.monotonic() - begin) < room:
+        by_rows = LEAST * (time.monotonic() - begin) < room
+        if by_rows:
             found = narrowed(found, choices.row_parts, time.monotonic() + room)
         boxes, rungs["rows"] = found.bounds, torch.minimum(rungs["alpha-crown"], found.highest)
     last = list(rungs.values())[-1]
-    return Alone(network, rungs, last.isfinite().flatten(1).all(1), boxes, found)
+    return Alone(network, rungs, last.isfinite().flatten(1).all(1), boxes, found, by_rows)
 
 
 def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[list[str]]]:
@@ -389,6 +392,7 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     finite = both[0].finite & both[1].finite
     lower, witnesses = (part.clone() for part in known)
     whole = {name: torch.ones_like(lower) for name in ("joint", "bab") if name in choices.rungs}
+    by_rows = all(part.by_rows for part in both)
     made = torch.zeros(len(lower), dtype=torch.long)
     nodes = choices.nodes or (DEFAULT_NODES if choices.budget is None else UNLIMITED)
     # so few at once that all their parts fit in memory
@@ -403,7 +407,7 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
             end = math.inf if choices.budget is None else begin + choices.budget * len(finite)
             deadline = now + (end - now) * len(some) / len(left)
             left = left[len(some) :]
-            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline)
+            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline, by_rows)
             whole["bab"][some] = torch.minimum(whole["joint"][some], leaves.upper)
             lower[some], witnesses[some] = leaves.lower, leaves.witnesses
     if "bab" not in whole:

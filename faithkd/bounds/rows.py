@@ -1,10 +1,11 @@
-"""Hidden units' boxes by branch and bound, one network at a time, from the front.
+"""Branch and bound for linear rows of one network: hidden units' boxes from the front, then differences of logits.
 
-A *row* is one end of an unsettled unit's box: the largest value of a linear form on one place, over one ball. Each
-has a small tree of its own over the phases of the ReLUs before that place. In every part of it the slopes below
-unsettled ReLUs and the multipliers of the fixed phases are found by descent, every value of which is valid; other boxes
-stay, for to compute them anew takes twice the time of all else and gains next to nothing. A row's bound is the largest
-of its parts'. All rows of one place, over all images, are worked on in one batch.
+A *row* is the largest value of a linear form on one place, over one ball: an end of an unsettled unit's box or, where
+it decides on eq. (11), of a difference z_j - z_i. Each has a small tree of its own over the phases of the ReLUs before
+that place. In every part of it the slopes below unsettled ReLUs and the multipliers of the fixed phases are found by
+descent, every value of which is valid; other boxes stay, for to compute them anew takes twice the time of all else and
+gains next to nothing. A row's bound is the largest of its parts'. All rows of one place, over all images, are worked on
+in one batch.
 """
 
 import math
@@ -14,14 +15,18 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from faithkd.bounds import domains, linear
+from faithkd.bounds.alone import most_apart
 from faithkd.bounds.domains import Domain, Root, Table, mapped, meet
 from faithkd.bounds.graph import Network
 from faithkd.bounds.linear import Dual, Slopes
 from faithkd.bounds.operators import Box
 
 STEPS = 6  # of descent in each part: further parts bring more
+CLOSE = 0.002  # a difference so near to what it attains, by its size, is finished
+ALIKE = 4  # trees grow together that promise a quarter of the best one's gain
 NEAR = 0.02  # a row so near to what it attains, by the width of its unit's first box, is finished
 BYTES = 32  # of a part for each unit that can be split: boxes, phases, slopes, multipliers
 
@@ -43,7 +48,7 @@ class Rows(Table):
     """Rows `form . z` at the end of a network: `form` `(R, *shape)`, `image` `(R,)`, and what is known of each, `(R,)`.
 
     `low`: a value that is attained, `closed`: the largest bound of a part that is finished, `made`: parts so far. A
-    part is finished at or below 0, where the unit is off, or on, or so `near` to `low`.
+    part is finished where its bound is `enough` (0: the unit is off, or on) or so `near` to `low`.
     """
 
     form: Tensor
@@ -52,11 +57,12 @@ class Rows(Table):
     closed: Tensor
     made: Tensor
     near: Tensor
+    enough: Tensor
 
     @property
     def goal(self) -> Tensor:
         """The value at which a part is finished."""
-        return (self.low + self.near).clamp(min=0)
+        return torch.maximum(self.low + self.near, self.enough)
 
     def closing(self, parts: Parts) -> "Rows":
         """The rows after these parts of theirs are finished."""
@@ -151,6 +157,11 @@ def search(root: Root, rows: Rows, parts: Parts, most: int, deadline: float = ma
         rows, parts = grow(root, rows, parts, chosen)
 
 
+def share(deadline: float, left: int) -> float:
+    """When to end the first of `left` equal pieces of work, for all to end at the deadline."""
+    return (now := time.monotonic()) + (deadline - now) / left
+
+
 def narrowed_box(root: Root, k: int, box: Box, most: int, deadline: float) -> Box:
     """The box of node k's input with the ends of each unsettled unit as rows; `root`: what is known up to there."""
     network, shape = root.network, box[0].shape[1:]
@@ -168,13 +179,14 @@ def narrowed_box(root: Root, k: int, box: Box, most: int, deadline: float) -> Bo
     form[torch.arange(len(image)), unit] = sign
     middle = attained(before.network(sum(root.bounds[0]) / 2).flatten(1)[image, unit] * sign)
     nothing = torch.zeros_like(near)
-    rows = Rows(form.unflatten(1, shape), image, middle, nothing - math.inf, nothing.long(), near)
+    rows = Rows(form.unflatten(1, shape), image, middle, nothing - math.inf, nothing.long(), near, nothing)
     slopes = {j: part[image, side, unit].float() for j, part in root.slopes[k].items()}
     units = sum(math.prod(network.shapes[network.place(j)]) for j in units_before(before.network))
-    for some in torch.arange(len(image)).split(max(1, domains.ROOM // (BYTES * units * most))):
+    pieces = torch.arange(len(image)).split(max(1, domains.ROOM // (BYTES * units * most)))
+    for done, some in enumerate(pieces):
         mine = rows[some]
         parts = planted(before, mine, value[some], {j: part[some] for j, part in slopes.items()})
-        mine, parts = search(before, mine, parts, most, deadline)
+        mine, parts = search(before, mine, parts, most, share(deadline, len(pieces) - done))
         value[some] = torch.minimum(value[some], mine.upper(parts))
     first = side == 0
     upper[image[first], unit[first]], lower[image[~first], unit[~first]] = value[first], -value[~first]
@@ -193,7 +205,8 @@ def narrowed(root: Root, most: int, deadline: float = math.inf) -> Root:
             bounds[place], slopes[k] = linear.refine(network, lines, ball, bounds[place], k, linear.STEPS, start)
             if node.operator.splits:
                 known = replace(root, bounds=bounds, lines=lines, slopes=slopes)
-                bounds[place] = narrowed_box(known, k, bounds[place], most, deadline)
+                soon = share(deadline, sum(j >= k for j in network.splits))
+                bounds[place] = narrowed_box(known, k, bounds[place], most, soon)
         boxes = [bounds[at] for at in node.inputs]
         lines.append(node.operator.freed(node.operator.relax(*boxes), *boxes))
         (low, high), (old_low, old_high) = node.operator.interval(*boxes), root.bounds[k + 1]
@@ -201,3 +214,81 @@ def narrowed(root: Root, most: int, deadline: float = math.inf) -> Root:
     found = domains.with_differences(network, root.q, bounds, lines, slopes, root.row_slopes)
     highest = torch.minimum(found.highest, root.highest)
     return replace(found, highest=highest, odds=domains.all_odds(highest))
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Trees of one network's differences, a row for each (image, i, j), and the root with what they say."""
+
+    root: Root
+    rows: Rows
+    parts: Parts
+
+
+def differences(root: Root) -> Trees:
+    """No trees yet, for the largest z_j - z_i of all i and j."""
+    images, classes = root.odds[0].shape
+    unit = torch.eye(classes, dtype=torch.float64)
+    form = (unit[None] - unit[:, None]).flatten(0, 1).repeat(images, 1)
+    image = torch.arange(images).repeat_interleave(classes**2)
+    low = attained((root.network(sum(root.bounds[0]) / 2)[image] * form).sum(1))
+    never = torch.full_like(low, -math.inf)
+    rows = Rows(form, image, low, never, torch.zeros_like(image), CLOSE * (1 + low.abs()), never)
+    return Trees(root, rows, first_parts(root, rows, image[:0]))
+
+
+def first_parts(root: Root, rows: Rows, which: Tensor) -> Parts:
+    """The whole balls as first parts of the differences with the numbers `which`."""
+    slopes = {k: part.flatten(0, 2)[which].float() for k, part in root.row_slopes.items()}
+    return replace(planted(root, rows[which], root.highest.flatten()[which], slopes), row=which)
+
+
+def decided(
+    trees: list[Trees], cap: Tensor, goal: Tensor, nodes: Tensor, deadline: float = math.inf
+) -> tuple[list[Trees], Tensor]:
+    """The trees grown that decide on eq. (11), and the parts made for each image: as `alone.search_alone`."""
+    images, classes = trees[0].root.odds[0].shape
+    before = sum(each.rows.made for each in trees)
+    while True:
+        value, order, label = most_apart([each.root.odds for each in trees], cap)
+        made = (sum(each.rows.made for each in trees) - before).view(images, -1).sum(1)
+        gains = [gain(each, order == each.root.q, label) for each in trees]
+        best = torch.stack(gains).view(2, images, -1).amax((0, 2))
+        busy = (value > goal) & (made < nodes) & (best > 0)
+        for each in trees:
+            busy &= ~domains.full(each.parts.domains.image, images, each.parts)
+        if not busy.any() or time.monotonic() > deadline:
+            return trees, made
+        least = torch.where(busy, best / ALIKE, math.inf).repeat_interleave(classes**2)
+        trees = [grown(each, promise >= least) for each, promise in zip(trees, gains, strict=True)]
+
+
+def gain(trees: Trees, upper: Tensor, label: Tensor) -> Tensor:
+    """What eq. (11) would gain by one unit less in each row, divided by the parts made, `(R,)`; 0 for finished ones.
+
+    Of the class i = `label`, through the upper end of m where `upper`, else through the lower one, both `(N,)`.
+    """
+    root, rows, here = trees.root, trees.rows, torch.arange(len(label))
+    ends = torch.where(upper[:, None], -root.highest[here, :, label], root.highest[here, label])
+    ends = ends.masked_fill(F.one_hot(label, ends.shape[1]).bool(), -math.inf)
+    m = ends.logsumexp(1)
+    share = ends.softmax(1) * (torch.sigmoid(m) * torch.sigmoid(-m))[:, None]
+    found = torch.zeros_like(root.highest)
+    found[here[upper], :, label[upper]], found[here[~upper], label[~upper]] = share[upper], share[~upper]
+    finished = root.highest.flatten() <= torch.maximum(rows.goal, rows.closed)
+    return (found.flatten() / (1 + rows.made)).masked_fill(finished, 0.0)
+
+
+def grown(trees: Trees, wanted: Tensor) -> Trees:
+    """With the trees of the `wanted` rows `(R,)` grown, or planted where there are none."""
+    root, rows, parts = trees.root, trees.rows, trees.parts
+    fresh = (wanted & (rows.made == 0)).nonzero()[:, 0]
+    parts = parts.join(first_parts(root, rows, fresh))
+    rows = replace(rows, made=rows.made.index_add(0, fresh, torch.ones_like(fresh)))
+    done = parts.value <= rows.goal[parts.row]
+    rows, parts = rows.closing(parts[done]), parts[~done]
+    if (chosen := largest(rows, parts, wanted)).any():
+        rows, parts = grow(root, rows, parts, chosen)
+    highest = torch.where(rows.made > 0, rows.upper(parts), math.inf).view_as(root.highest)
+    highest = torch.minimum(highest, root.highest)
+    return Trees(replace(root, highest=highest, odds=domains.all_odds(highest)), rows, parts)

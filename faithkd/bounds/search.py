@@ -41,6 +41,7 @@ from faithkd.bounds.graph import Network
 from faithkd.bounds.joint import Row, near_range
 from faithkd.bounds.linear import difference_pairs, row_differences
 from faithkd.bounds.operators import Box
+from faithkd.bounds.rows import decided, differences
 
 ROOT_STEPS = 15  # of descent for the rows of the whole ball
 STEPS = 8  # of descent for the rows of a part
@@ -81,22 +82,33 @@ def start(roots: tuple[Root, Root], reach: Box, lower: Tensor, witnesses: Tensor
 
 
 def certify(
-    roots: tuple[Root, Root], leaves: Leaves, tolerance: float, nodes: int, deadline: float = math.inf
+    roots: tuple[Root, Root],
+    leaves: Leaves,
+    tolerance: float,
+    nodes: int,
+    deadline: float = math.inf,
+    by_rows: bool = False,
 ) -> tuple[Leaves, Tensor]:
     """The whole search from `start`, on each network `alone` and on the joint rows by turns: both say what they can.
 
-    What one of them gained in the last round decides on its share of the next one, image by image. Returns the leaves
-    and the number of parts made per image.
+    `by_rows`: by trees of single differences instead of `alone`, which gain more where hidden boxes are narrow. What
+    one of both gained in the last round decides on its share of the next one, image by image. Returns the leaves and
+    the number of parts made per image.
     """
-    trees = [alone.plant(root) for root in roots]
+    trees = [differences(root) if by_rows else alone.plant(root) for root in roots]
     made = torch.zeros(len(leaves.lower), dtype=torch.long)
     share = torch.full_like(leaves.lower, 0.5)
     while True:
         room = torch.minimum((made / 2).clamp(min=FIRST), nodes - made)
         first, goal = leaves.upper, leaves.lower + tolerance
         soon = time.monotonic() + (deadline - time.monotonic()) / 2
-        trees, first_made = alone.search_alone(roots, trees, worst_rows(leaves), goal, share * room, soon)
-        known = alone.narrowed(roots, trees)
+        effort = worst_rows(leaves), goal, share * room, soon
+        if by_rows:
+            trees, first_made = decided(trees, *effort)
+            known = tuple(each.root for each in trees)
+        else:
+            trees, first_made = alone.search_alone(roots, trees, *effort)
+            known = alone.narrowed(roots, trees)
         leaves = inherit(known, leaves)
         second = leaves.upper
         leaves, then_made = search_jointly(known, leaves, tolerance, (1 - share) * room, deadline)
