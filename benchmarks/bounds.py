@@ -35,7 +35,10 @@ def main(
     only_report: OnlyReport = False,
     out: Out = RESULTS,
 ) -> None:
-    """Measure bounds and cost of our methods and of the peers on the same networks and images."""
+    """Measure bounds and cost of our methods and of the peers on the same networks and images.
+
+    Values of methods that do not take part this time stay in the folder's tables.
+    """
     p = params.load(profile, settings or [])
     if only_report:
         report.write(out, profile)
@@ -47,13 +50,15 @@ def main(
         specs += [(name, budget) for budget in offered if name == "best" or (budget or 0) <= LONG]
     sizes = {"images": images, "frontier_images": frontier_images, "slow_images": slow_images, "rounds": rounds}
     save(out / f"bounds-{profile}.json", json.dumps(facts(p, PEERS) | sizes, indent=1))
-    parts = []
+    file = out / f"values-{profile}.csv"
+    known = pd.read_csv(file, dtype={"eps": str}) if file.is_file() else pd.DataFrame({"method": []})
+    parts = [known[~known["method"].isin([name for name, _ in specs])]]  # of whom nothing is measured anew
     for name in student or ["FD"]:
         pair = experiment.teacher(p), experiment.student(p, name)
         for radius in eps or p.evaluate.eps:
             part = measure_ball(p, pair, params.Ratio(radius), specs, sizes)
             parts.append(part.assign(student=name, eps=str(radius)))
-            save(out / f"values-{profile}.csv", pd.concat(parts))  # kept if killed
+            save(file, pd.concat(parts))  # kept if killed
     report.write(out, profile)
 
 
