@@ -49,10 +49,12 @@ def main(
         offered = [float(budget) for budget in budgets.split(",")] if CONTENDERS[name].anytime else [None]
         specs += [(name, budget) for budget in offered if name == "best" or (budget or 0) <= LONG]
     sizes = {"images": images, "frontier_images": frontier_images, "slow_images": slow_images, "rounds": rounds}
-    save(out / f"bounds-{profile}.json", json.dumps(facts(p, PEERS) | sizes, indent=1))
-    file = out / f"values-{profile}.csv"
+    told, file, now = out / f"bounds-{profile}.json", out / f"values-{profile}.csv", facts(p, PEERS) | sizes
     known = pd.read_csv(file, dtype={"eps": str}) if file.is_file() else pd.DataFrame({"method": []})
     parts = [known[~known["method"].isin([name for name, _ in specs])]]  # of whom nothing is measured anew
+    if len(parts[0]):
+        now["of those that stay"] = json.loads(told.read_text(encoding="utf-8"))
+    save(told, json.dumps(now, indent=1))
     for name in student or ["FD"]:
         pair = experiment.teacher(p), experiment.student(p, name)
         for radius in eps or p.evaluate.eps:

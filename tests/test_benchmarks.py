@@ -71,6 +71,12 @@ def test_a_bound_below_EmpLB_is_shown_and_tables_are_written(values, tmp_path, d
     assert (tmp_path / "bounds-digits.md").read_text().count("**2 below EmpLB**") == 2
     told = capsys.readouterr().out
     assert "4 bounds lie below EmpLB" in told and "**2×, -9.09%**" in told  # the aim is 100 times
+    bounds.main(
+        profile="digits", methods="crown", images=2, rounds=1, eps=[str(digits[0].evaluate.eps[0])], out=tmp_path
+    )
+    kept = pd.read_csv(tmp_path / "values-digits.csv").groupby("method").size()
+    assert kept.to_dict() == {"bab": 4, "crown": 2, "paper-lp": 4}  # who does not take part stays
+    assert "of those that stay" in (tmp_path / "bounds-digits.json").read_text()
 
 
 def test_the_papers_lp_is_our_lp_on_the_same_boxes():
