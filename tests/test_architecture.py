@@ -15,7 +15,7 @@ FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in 
 # they replace as soon as all best bounds are measured anew.)
 HOUSE_LINES = 10_111
 FOLDER_LINES = {"core": 874, "bounds": 4_361, "pairs": 745, "reproduce": 1_988, "report": 1_670}
-TEST_LINES = 8_227
+TEST_LINES = 8_229
 
 LIGHT = {"torch", "numpy", "tqdm"}
 

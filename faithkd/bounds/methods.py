@@ -90,7 +90,7 @@ class Choices:
     "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
-    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, with trees for
+    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, with trees of
     differences as well; 0 leaves them out. Without it 32 for rows, for bab and best 32 times the root of a budget in
     seconds (if rows fit into it), and 0 where nodes are counted.
 
