@@ -7,4 +7,4 @@ tests/test_recipes.py remembers small results and notices the need.
 
 TRAINING = 1  # which weights a training ends with: attacks, losses, models, training
 MEASURING = 1  # what is measured of given networks: attacks, evaluation, bounds up to CROWN
-SEARCHING = 1  # bounds past CROWN: descents, linear programs, branch and bound
+SEARCHING = 2  # bounds past CROWN: descents, linear programs, branch and bound

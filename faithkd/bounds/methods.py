@@ -31,7 +31,7 @@ METHODS = {
     "milp": "exact ranges of the logit differences, by branch and bound: small networks or small balls",
     "rows": "alpha-crown with hidden boxes tightened unit by unit, by small branch and bounds: where balls are large",
     "joint": "both networks see the same image: their linear forms are subtracted before the maximum is taken",
-    "bab": "branch and bound on top of joint: the longer, the tighter",
+    "bab": "branch and bound on top of joint and rows: the longer, the tighter",
     "best": "bab from a lower bound by PGD, in processes on all cores: both ends of the bracket",
 }
 _LINEAR = ("interval", "crown", "alpha-crown")
@@ -41,16 +41,16 @@ LADDER = {
     "milp": (*_LINEAR, "lp", "milp"),
     "rows": (*_LINEAR, "rows"),
     "joint": (*_LINEAR, "joint"),
-    "bab": (*_LINEAR, "joint", "bab"),
-    "best": (*_LINEAR, "joint", "bab"),
+    "bab": (*_LINEAR, "joint", "rows", "bab"),
+    "best": (*_LINEAR, "joint", "rows", "bab"),
 }
 CERTIFIED = "certified"
 NOT_FINITE = "not finite: trivial bound 1"
 PIECE = 16  # images searched at once, and given to one process at a time
 DEFAULT_NODES, UNLIMITED = 1000, 10**9
-PARTS = 32_000  # of all images searched at once; one image alone may make more, and takes what it needs
-SPEED = 2000  # parts made in a second, at most
-ROW_PARTS = 32  # of each row's tree, where nothing is said; of a budget, for one second
+PARTS = 16_000  # of all images searched at once; one image alone may make more, and takes what it needs
+ROW_PARTS = 32  # of each row's tree, where nothing is said
+EXPECTED = 1000  # parts of a ball in a second of a budget
 ROW_SHARE = 0.2  # of a budget, for the rows of each network
 LEAST = 3  # times what alpha-crown took: less time for rows is better spent in the search
 
@@ -90,9 +90,9 @@ class Choices:
     "best" begins with PGD from `seed`, and works in `jobs` processes (without: $FAITHKD_JOBS, or one for each core), so
     that its budget is wall-clock time; in a process that multiprocessing made, or a forked one, it works alone.
 
-    `parts` (rows, bab and best): of each hidden unit's tree in `rows`, on which joint and bab then stand, with trees of
-    differences as well; 0 leaves them out. Without it 32 for rows, for bab and best 32 times the root of a budget in
-    seconds (if rows fit into it), and 0 where nodes are counted.
+    `parts` (rows, bab and best): of each hidden unit's tree in `rows`; 0 leaves them out. Without it 32 for rows, for
+    bab and best the root of all nodes, or of 1,000 for each second of a budget; a budget that alpha-crown nearly spends
+    has no rows.
 
     `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
     `progress`: whether to show a bar.
@@ -135,20 +135,25 @@ class Choices:
 
     @property
     def rungs(self) -> tuple[str, ...]:
-        """The methods on the way, LADDER's, and `rows` below what searches where it is wanted."""
-        names = LADDER[self.method]
-        return tuple(
-            name for each in names for name in (("rows", each) if each == "joint" and self.row_parts else (each,))
-        )
+        """The methods on the way, LADDER's, `rows` only where it is wanted."""
+        return tuple(name for name in LADDER[self.method] if name != "rows" or self.row_parts)
 
     @property
     def row_parts(self) -> int:
         """How many parts each row's tree may have, 0 where there are none."""
-        if self.method not in ("rows", "bab", "best"):
-            return 0
-        if self.parts is None and (self.budget is not None or self.method == "rows"):
-            return math.ceil(ROW_PARTS * math.sqrt(self.budget or 1.0))
-        return self.parts or 0
+        if self.parts is not None:
+            return self.parts
+        return ROW_PARTS if self.method == "rows" else math.ceil(math.sqrt(self.expected))
+
+    @property
+    def most_nodes(self) -> int:
+        """How many parts of a ball may be made."""
+        return self.nodes or (DEFAULT_NODES if self.budget is None else UNLIMITED)
+
+    @property
+    def expected(self) -> float:
+        """How many parts of a ball a search is likely to make."""
+        return self.most_nodes if self.budget is None else min(self.most_nodes, EXPECTED * self.budget)
 
 
 @dataclass(frozen=True)
@@ -209,10 +214,11 @@ def faithfulness_upper_bounds(
     count = min(workers.jobs() if choices.jobs is None else choices.jobs, len(balls))
     if choices.method != "best" or count <= 1 or balls.x.device.type != "cpu" or not workers.possible():
         return bounded(networks, balls, choices)
-    # a process alone has the time of all of them
-    budget = None if choices.budget is None else choices.budget * count
-    share = replace(choices, budget=budget, progress=False)
     pieces = torch.arange(len(balls)).split(min(PIECE, math.ceil(len(balls) / count)))
+    # all images' time together, divided by the images that a process works on one after the other
+    times = len(balls) / (len(pieces[0]) * math.ceil(len(pieces) / count))
+    budget = None if choices.budget is None else choices.budget * times
+    share = replace(choices, budget=budget, progress=False)
     calls = [partial(bounded, networks, balls[some], share) for some in pieces]
     done = [None] * len(calls)
     with progress_bar(choices, len(balls)) as bar:
@@ -271,6 +277,7 @@ def of_pair(both: list["Alone"], balls: Balls, choices: Choices, begin: float) -
         found = shared(both, balls, known, choices, begin)
         rungs |= found.pop("rungs")
         ends = found if searched else {}
+    rungs = {name: rungs[name] for name in choices.rungs}
     table = torch.stack([torch.where(finite, bound, 1.0) for bound in rungs.values()]).cummin(0).values
     names, values = list(rungs), table[-1]
     steps = [names[place] for place in (table == values).int().argmax(0).tolist()]
@@ -293,35 +300,34 @@ def of_pair(both: list["Alone"], balls: Balls, choices: Choices, begin: float) -
 @dataclass(frozen=True)
 class Alone:
     """What is known of one network: the largest z_j - z_i `(N, C, C)` by method, whether all of them are finite, and
-    the boxes of every place; its `root` from alpha-crown on."""
+    the boxes of every place; its `root` from alpha-crown on, and what `rows` make of it, `narrow`."""
 
     network: Network
     rungs: dict[str, Tensor]
     finite: Tensor
     boxes: list[Box]
     root: Root | None
-    by_rows: bool
+    narrow: Root | None
 
 
 def of_one(network: Network, q: int, box: Box, choices: Choices) -> Alone:
     """One network's rungs for some images, up to alpha-crown or rows."""
-    names, found, begin, by_rows = choices.rungs, None, time.monotonic(), False
+    names, found, narrow, begin = choices.rungs, None, None, time.monotonic()
     boxes = interval(network, *box)
     rungs = {"interval": box_differences(*boxes[-1])}
     if "crown" in names:
         boxes, lines, _ = crown(network, *box)
         rungs["crown"] = torch.minimum(rungs["interval"], row_differences(network, lines, boxes)[0])
     if "alpha-crown" in names:
-        found = root(network, q, *box)
+        found = narrow = root(network, q, *box)
         boxes, rungs["alpha-crown"] = found.bounds, torch.minimum(rungs["crown"], found.highest)
     if "rows" in names:
         room = math.inf if choices.budget is None else ROW_SHARE * choices.budget * len(box[0])
-        by_rows = LEAST * (time.monotonic() - begin) < room
-        if by_rows:
-            found = narrowed(found, choices.row_parts, time.monotonic() + room)
-        boxes, rungs["rows"] = found.bounds, torch.minimum(rungs["alpha-crown"], found.highest)
+        if LEAST * (time.monotonic() - begin) < room:
+            narrow = narrowed(found, choices.row_parts, time.monotonic() + room)
+        boxes, rungs["rows"] = narrow.bounds, torch.minimum(rungs["alpha-crown"], narrow.highest)
     last = list(rungs.values())[-1]
-    return Alone(network, rungs, last.isfinite().flatten(1).all(1), boxes, found, by_rows)
+    return Alone(network, rungs, last.isfinite().flatten(1).all(1), boxes, found, narrow)
 
 
 def solved(networks: list[Alone], choices: Choices) -> tuple[list[Alone], list[list[str]]]:
@@ -392,23 +398,23 @@ def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choice
     finite = both[0].finite & both[1].finite
     lower, witnesses = (part.clone() for part in known)
     whole = {name: torch.ones_like(lower) for name in ("joint", "bab") if name in choices.rungs}
-    by_rows = all(part.by_rows for part in both)
     made = torch.zeros(len(lower), dtype=torch.long)
-    nodes = choices.nodes or (DEFAULT_NODES if choices.budget is None else UNLIMITED)
-    # so few at once that all their parts fit in memory
-    expected = nodes if choices.budget is None else min(nodes, SPEED * choices.budget)
     left = finite.nonzero()[:, 0]
-    for some in left.split(max(1, min(PIECE, int(PARTS / max(expected, 1))))) if len(left) else ():
-        roots = tuple(part.root[some] for part in both)
-        leaves = search.start(roots, balls[some].reach, lower[some], witnesses[some])
+    # so few at once that all their parts fit in memory
+    for some in left.split(max(1, min(PIECE, int(PARTS / max(choices.expected, 1))))) if len(left) else ():
+        begun = balls[some].reach, lower[some], witnesses[some]
+        leaves = search.start(tuple(part.root[some] for part in both), *begun)
         whole["joint"][some] = leaves.upper
         if "bab" in whole:
+            roots = tuple(part.narrow[some] for part in both)
+            if "rows" in choices.rungs:
+                leaves = search.start(roots, *begun, leaves.rows.value)
             now = time.monotonic()
             end = math.inf if choices.budget is None else begin + choices.budget * len(finite)
             deadline = now + (end - now) * len(some) / len(left)
             left = left[len(some) :]
-            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, nodes, deadline, by_rows)
-            whole["bab"][some] = torch.minimum(whole["joint"][some], leaves.upper)
+            leaves, made[some] = search.certify(roots, leaves, choices.tolerance, choices.most_nodes, deadline)
+            whole["bab"][some] = leaves.upper
             lower[some], witnesses[some] = leaves.lower, leaves.witnesses
     if "bab" not in whole:
         return {"rungs": whole}

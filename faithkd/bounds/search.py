@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faithkd.bounds import alone, joint
+from faithkd.bounds import differences, joint
 from faithkd.bounds.domains import (
     BOTH,
     ROUNDING,
@@ -41,15 +41,15 @@ from faithkd.bounds.graph import Network
 from faithkd.bounds.joint import Row, near_range
 from faithkd.bounds.linear import difference_pairs, row_differences
 from faithkd.bounds.operators import Box
-from faithkd.bounds.rows import decided, differences
 
 ROOT_STEPS = 15  # of descent for the rows of the whole ball
-STEPS = 8  # of descent for the rows of a part
-WIDTH = 8  # domains of one image that are split at once: the largest ones
+STEPS = 12  # of descent for the rows of a part
+WIDTH = 16  # domains of one image that are split at once: the largest ones
 ALIVE = 3  # rows of a new domain that are worth a descent: the largest ones
 FLOOR = 0.5  # a network whose k has vanished is scored with this share of its leverage
 REACH = 2.0  # over how many units of m leverage looks ahead
 FIRST = 64  # parts made of an image in the first round; later rounds are half of all so far
+COST = 4  # a part of both networks takes as long as so many for the differences of one
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,19 @@ class Leaves:
         return self.domains.image[self.rows.domain]
 
 
-def start(roots: tuple[Root, Root], reach: Box, lower: Tensor, witnesses: Tensor, steps: int = ROOT_STEPS) -> Leaves:
-    """One domain per image, the whole ball, and its 2C rows after their descent: the bound "joint"."""
+def start(
+    roots: tuple[Root, Root],
+    reach: Box,
+    lower: Tensor,
+    witnesses: Tensor,
+    known: Tensor | float = 1.0,
+    steps: int = ROOT_STEPS,
+) -> Leaves:
+    """One domain per image, the whole ball, and its 2C rows, at most as `known`, after a descent: the bound "joint"."""
     rows = joint.all_rows(roots, tuple(root.network(sum(root.bounds[0]) / 2) for root in roots))
     domains = whole(roots)
     rows, _ = joint.tighten(roots, domains, rows, steps)
+    rows = replace(rows, value=rows.value.clamp(max=known))
     return Leaves(domains, rows, torch.zeros_like(lower), lower, witnesses, reach)
 
 
@@ -87,32 +95,25 @@ def certify(
     tolerance: float,
     nodes: int,
     deadline: float = math.inf,
-    by_rows: bool = False,
 ) -> tuple[Leaves, Tensor]:
-    """The whole search from `start`, on each network `alone` and on the joint rows by turns: both say what they can.
+    """The whole search from `start`, on `differences` of each network and on the joint rows by turns.
 
-    `by_rows`: by trees of single differences instead of `alone`, which gain more where hidden boxes are narrow. What
-    one of both gained in the last round decides on its share of the next one, image by image. Returns the leaves and
-    the number of parts made per image.
+    Both say what they can. What one of both gained in the last round decides on its share of the next one, image by
+    image. Returns the leaves and the number of parts made per image.
     """
-    trees = [differences(root) if by_rows else alone.plant(root) for root in roots]
+    trees = [differences.plant(root) for root in roots]
     made = torch.zeros(len(leaves.lower), dtype=torch.long)
     share = torch.full_like(leaves.lower, 0.5)
     while True:
         room = torch.minimum((made / 2).clamp(min=FIRST), nodes - made)
         first, goal = leaves.upper, leaves.lower + tolerance
         soon = time.monotonic() + (deadline - time.monotonic()) / 2
-        effort = worst_rows(leaves), goal, share * room, soon
-        if by_rows:
-            trees, first_made = decided(trees, *effort)
-            known = tuple(each.root for each in trees)
-        else:
-            trees, first_made = alone.search_alone(roots, trees, *effort)
-            known = alone.narrowed(roots, trees)
+        trees, first_made = differences.search(trees, worst_rows(leaves), goal, share * room, soon)
+        known = tuple(each.root for each in trees)
         leaves = inherit(known, leaves)
         second = leaves.upper
         leaves, then_made = search_jointly(known, leaves, tolerance, (1 - share) * room, deadline)
-        gains = (first - second) / first_made.clamp(min=1), (second - leaves.upper) / then_made.clamp(min=1)
+        gains = (first - second) / first_made.clamp(min=1), (second - leaves.upper) / then_made.clamp(min=1) / COST
         gains = torch.stack(gains) ** 2
         share = (gains[0] / gains.sum(0).clamp(min=1e-24)).clamp(0.05, 0.95)
         made = made + first_made + then_made
@@ -129,7 +130,7 @@ def worst_rows(leaves: Leaves) -> Tensor:
 
 
 def inherit(roots: tuple[Root, Root], leaves: Leaves) -> Leaves:
-    """The leaves with what `alone` found on the whole balls: narrower ranges of m and of the differences in L."""
+    """The leaves with what `differences` found on the whole balls: narrower ranges of m and of the differences in L."""
     rows = leaves.rows
     known, near = joint.known_ranges(roots, rows, leaves.image)
     pairs = zip(rows.range.split(2, 1), known.split(2, 1), strict=True)
@@ -260,7 +261,7 @@ def decide(roots: tuple[Root, Root], domains: Domain, rows: Row) -> Decision:
     """What to split for each row: the loosest term at the point where the row's linear form is largest decides."""
     at = setting(roots, domains[rows.domain])
     reach = leverage(rows.range).log()
-    far = rows.value > alone.NEARLY * rows.apart()
+    far = rows.value > differences.NEARLY * rows.apart()
     scored = replace(rows, k=torch.where(far[:, None], reach, torch.maximum(rows.k, reach + math.log(FLOOR))))
     logit_rows = joint.forms(scored, at.size)[:2]
     duals = [joint.dual(scored, at.domains, root.q) for root in roots]

@@ -16,7 +16,20 @@ import test_operators
 import torch
 from torch.nn import functional as F
 
-from faithkd.bounds import agreement, alone, domains, graph, joint, layers, linear, methods, operators, search, softmax
+from faithkd.bounds import (
+    agreement,
+    differences,
+    domains,
+    graph,
+    joint,
+    layers,
+    linear,
+    methods,
+    operators,
+    rows,
+    search,
+    softmax,
+)
 from faithkd.bounds.operators import Affine, Elementwise, Lines, MaxPool2d, ReLU, dot
 
 
@@ -203,20 +216,18 @@ def out_of_reach(real, pair, leaves, *rest):
     return replace(real(pair, replace(leaves, reach=wide), *rest), reach=leaves.reach)
 
 
-def smallest_over(column, trees, images):
-    """The smallest entry over all domains, where the largest counts."""
-    return [alone.over(tree, getattr(tree, column), images, "amin") for tree in trees]
+def smallest_part(rows, parts):
+    return rows.closed.scatter_reduce(0, parts.row, parts.value, "amin", include_self=False)
 
 
-def smallest_differences(real, roots, trees):
-    highest = smallest_over("highest", trees, len(roots[0].highest))
-    return tuple(replace(root, highest=part) for root, part in zip(real(roots, trees), highest, strict=True))
+def lost_half(real, root, rows, parents):
+    rows, children = real(root, rows, parents)
+    return rows, children[: len(children.row) // 2]
 
 
-def lost_tree(real, root, tree, busy, *rest):
-    if busy.any():
-        return real(root, tree, busy, *rest)
-    return tree[torch.zeros(len(tree.low), dtype=torch.bool)], tree.domains.image[:0]
+def lost_tree(real, trees, wanted):
+    found = real(trees, wanted)
+    return found if wanted.any() else replace(found, parts=found.parts[:0])
 
 
 def other_network(real, roots, parts, rows, network):
@@ -349,15 +360,19 @@ MISTAKES = {
     "another image's ball": instead(
         domains, "ball_of", lambda _, r, parts: parts.input or tuple(end[0 * parts.image] for end in r.bounds[0])
     ),
-    # each network alone
-    "one order of a pair is left out": after(alone, "apart", lambda found: found[:, [0, 0]]),
-    "the range of a tree is its smallest": instead(
-        alone, "ranges", lambda _, *of: [*zip(smallest_over("low", *of), smallest_over("high", *of), strict=True)]
+    # rows of one network
+    "one order of a pair is left out": after(differences, "apart", lambda found: found[:, [0, 0]]),
+    "the bound of a row is its smallest part's": instead(rows.Rows, "upper", lambda _, *of: smallest_part(*of)),
+    "finished parts are forgotten": instead(rows.Rows, "closing", lambda _, of, parts: of),
+    "one half of a row's split is lost": instead(rows, "halved", lost_half),
+    "a row that does not grow loses its tree": instead(differences, "grown", lost_tree),
+    "a row has the wrong sign": before(
+        rows.Rows, "forms", lambda of, shape: (replace(of, plus=of.minus, minus=of.plus), shape)
     ),
-    "differences of a tree are its smallest": instead(alone, "narrowed", smallest_differences),
-    "one half of a tree's split is lost": after(alone, "rebox", first_half, here=True),
-    "a network whose turn it is not loses its tree": instead(alone, "grow", lost_tree),
-    "up and down are exchanged": after(alone, "backward", lambda f: torch.cat(f.chunk(2, 1)[::-1], 1), here=True),
+    "phases push a row the wrong way": after(
+        rows, "dual", lambda dual: replace(dual, push={k: -push for k, push in dual.push.items()})
+    ),
+    "a row is not attained": after(rows.Rows, "at", lambda found: found + 1),
     # branch and bound
     "the bound is the smallest leaf": Mistake(search.Leaves, "upper", lambda real: property(smallest_leaf)),
     "closed rows are forgotten": instead(
@@ -380,11 +395,10 @@ MISTAKES = {
         search, "witness", lambda real, pair, leaves, *at: replace(real(pair, leaves, *at), witnesses=leaves.witnesses)
     ),
     # the ends
-    "agreement forgives a small disagreement": before(agreement, "only", lambda highest, label: (highest - 0.5, label)),
-    "agreement confuses winner and rival": before(agreement, "only", lambda highest, label: (highest.mT, label)),
-    "agreement looks at one rival": instead(
-        agreement, "only", lambda _, d, label: (d < 0).any(1).scatter(1, label[:, None], True).sum(1) > 1
+    "agreement forgives a small disagreement": before(
+        agreement, "keeps", lambda root, *rest: (replace(root, highest=root.highest - 0.5), *rest)
     ),
+    "agreement looks at one rival": after(agreement, "first_parts", lambda parts: parts[:1]),
     "agreement asks the teacher only": instead(
         agreement, "keeps", lambda real, root, label, asked, nodes: asked if root.q else real(root, label, asked, nodes)
     ),
