@@ -11,11 +11,10 @@ PACKAGE = Path(__file__).parents[1] / "faithkd"
 FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in PACKAGE.rglob("*.py")}
 
 # Limits for today, to come down: to 5,000 for the house without what reads other people's networks (pairs/), and to
-# 5,000 for the tests; never up. (Up once, from 9,999 and 4,249: trees of differences stand beside `bounds.alone`, which
-# they replace as soon as all best bounds are measured anew.)
-HOUSE_LINES = 10_111
-FOLDER_LINES = {"core": 874, "bounds": 4_361, "pairs": 745, "reproduce": 1_988, "report": 1_670}
-TEST_LINES = 8_229
+# 5,000 for the tests; never up.
+HOUSE_LINES = 9_987
+FOLDER_LINES = {"core": 874, "bounds": 4_237, "pairs": 745, "reproduce": 1_988, "report": 1_670}
+TEST_LINES = 8_224
 
 LIGHT = {"torch", "numpy", "tqdm"}
 
