@@ -2,10 +2,10 @@
 
 Read in this order: `graph` (a network as a list of operators), `operators` (all that is known of each kind), `linear`
 (intervals, CROWN and alpha-CROWN), `softmax` (eqs 10 and 11); then `programs`, `exact` (LP and MILP, eqs 8
-to 11); past the paper, `domains` (parts of a ball), `rows` (branch and bound for hidden units' ends), `differences` (and
-for those of logits), `joint` (both networks see the same image), `search` (branch and bound), `agreement`; and `methods`,
-which climbs from one to the next. `layers` holds operators of other networks, `reading` finds them in a torch module,
-`descent` optimises what is free, `patches` only makes things faster.
+to 11); past the paper, `domains` (parts of a ball), `rows` (branch and bound for hidden units' ends) and `differences`
+(for those of logits), `joint` (both networks see the same image), `search` (branch and bound), `agreement`; and
+`methods`, which climbs from one to the next. `layers` holds operators of other networks, `reading` finds them in a
+torch module, `descent` optimises what is free, `patches` only makes things faster.
 """
 
 from faithkd.bounds.methods import (

@@ -17,7 +17,9 @@ def bound(
     student: Annotated[Path, typer.Argument(help="Another one, on the same images and classes.")],
     images: Annotated[Path, typer.Argument(help="Images (N, *shape) as the networks take them: .npy or .npz.")],
     eps: Annotated[float | None, typer.Option(help="Radius of the ball, in the units of the images.")] = None,
-    method: Annotated[str, typer.Option(help="interval, crown, alpha-crown, lp, milp, joint, bab or best.")] = "crown",
+    method: Annotated[
+        str, typer.Option(help="interval, crown, alpha-crown, lp, milp, rows, joint, bab or best.")
+    ] = "crown",
     budget: Annotated[float | None, typer.Option(help="Seconds per image (bab, best).")] = None,
     nodes: Annotated[int | None, typer.Option(help="Parts of the ball per image (bab, best); repeats exactly.")] = None,
     clip: Annotated[
@@ -61,9 +63,8 @@ def bound(
         found, points[better] = found.maximum(upper.lower), upper.witnesses.cpu()[better]
     if (found > upper.values + ROUNDING).any():
         raise FaithkdError("EmpLB is above FaithUB: one of them is wrong; please report it, with the files")
-    rows = list(
-        zip(range(len(x)), found.tolist(), upper.values.tolist(), upper.status, upper.seconds.tolist(), strict=True)
-    )
+    numbers = found.tolist(), upper.values.tolist(), upper.status, upper.seconds.tolist()
+    rows = list(zip(range(len(x)), *numbers, strict=True))
     print("image   EmpLB  FaithUB  seconds  status")
     for number, low, high, status, seconds in rows:
         print(f"{number:>5}  {low:.4f}   {high:.4f}  {seconds:>7.3f}  {status}")

@@ -83,9 +83,7 @@ def report(networks: dict[str, Operators], x: Tensor) -> list[str]:
     if low >= 0 and high > 2 and bool((x == x.round()).all()):
         lines.append("they look like pixels from 0 to 255; most networks take x / 255, or that standardised")
     elif low >= 0 and high <= 1:
-        lines.append(
-            "they look like pixels from 0 to 1 (--clip 0 1); standardise them first if the networks were trained so"
-        )
+        lines.append("they look like pixels from 0 to 1 (--clip 0 1); standardise them first where networks expect it")
     elif low < 0:
         lines.append("they look standardised; eps is in these units, and --clip are their black and white")
     alike = (seen[0].indices == seen[1].indices).double().mean()
