@@ -94,7 +94,7 @@ class Choices:
     bab and best the root of all nodes, or of 1,000 for each second of a budget; a budget that alpha-crown nearly spends
     has no rows.
 
-    `agreement` (alpha-crown and above): also `agrees`, what `certified_agreement` says, from the same linear bounds.
+    `agreement` (alpha-crown and above): also `agrees`, as `certified_agreement` says, from the linear bounds at hand.
     `progress`: whether to show a bar.
     """
 
@@ -292,7 +292,7 @@ def of_pair(both: list["Alone"], balls: Balls, choices: Choices, begin: float) -
         # nothing is left to be proved where a disagreement is known
         known = ends.get("witnesses", balls.x)
         alike = pair[0](known).argmax(1) == pair[1](known).argmax(1)
-        ends["agrees"] = agreements.agrees(tuple(part.root for part in both), asked=alike)
+        ends["agrees"] = agreements.agrees(tuple(part.narrow for part in both), asked=alike)
     seconds = torch.full((len(balls),), (time.monotonic() - begin) / max(len(balls), 1), dtype=torch.float64)
     return UpperBound(values, choices.method, status, steps, seconds, dict(zip(names, table, strict=True)), **ends)
 
@@ -461,7 +461,11 @@ def certified_agreement(
     balls = Balls.around(x, eps, clip)
     pair = prepare_pair(teacher, student, balls.x)
     holds = torch.zeros(len(balls), dtype=torch.bool)
+    teacher, student = (network(torch.clamp(balls.x, *balls.reach)).argmax(1) for network in pair)
     for some in image_chunks(pair, len(balls)):
         roots = tuple(root(network, q, *balls[some].box) for q, network in enumerate(pair))
-        holds[some] = agreements.agrees(roots, nodes)
+        holds[some] = agreements.agrees(roots, 0)
+        open_ = (~holds[some] & (teacher == student)[some]).nonzero()[:, 0]
+        roots = tuple(narrowed(each[open_], math.ceil(math.sqrt(nodes))) for each in roots)
+        holds[some[open_]] = agreements.agrees(roots, nodes)
     return holds
