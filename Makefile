@@ -48,7 +48,7 @@ help:
 	@echo '    Networks and measurements are committed: one seed is measured anew and compared, with REMEASURE=1 everything.'
 	@echo 'make evidence [PROFILE=digits] [JOBS=4]'
 	@echo '    trains and measures all of a profile from nothing, to weights/ and measurements/; goes on where it was stopped.'
-	@echo '    On two cores: digits half an hour, mnist and fashion_mnist about 4 hours each, cifar10 about 20 hours.'
+	@echo '    On two cores: digits half an hour, mnist 10 hours, fashion_mnist 7, cifar10 20.'
 	@echo 'make train [PROFILE=digits] [SET=...] [JOBS=4]'
 	@echo '    all networks of a profile that are not there yet, one on each core'
 	@echo 'make lab          the notebooks in JupyterLab'

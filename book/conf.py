@@ -27,6 +27,7 @@ bibtex_bibfiles = ["references.bib"]
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables in the Markdown that a cell shows
 nb_custom_formats = {".ipynb": ["conf.read", {}, False]}
 nb_mime_priority_overrides = [("html", "text/html", 0)]
 myst_enable_extensions = ["dollarmath", "amsmath"]

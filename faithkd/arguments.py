@@ -2,9 +2,11 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral
+from types import MethodType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,9 @@ ROOM = 1e-5  # images are made in float32, so their values may lie a few of its 
 
 def number(name: str, value, least: float = 0.0) -> float:
     """One finite number from `least` on, given as a number or as a tensor or array with one element."""
+    kind = str(getattr(value, "dtype", ""))
     try:
-        found = math.nan if isinstance(value, bool | str) else float(value)
+        found = math.nan if isinstance(value, bool | str | bytes) or kind.endswith("bool") else float(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         found = math.nan
     if not least <= found < math.inf:
@@ -42,6 +45,11 @@ def random_seed(value) -> int:
     return whole("seed", value, 0, 2**64)
 
 
+def _tensor(values, **options) -> Tensor:
+    """Numbers in whatever form as a tensor; arrays of numpy may run backwards."""
+    return torch.as_tensor(values.copy() if isinstance(values, np.ndarray) else values, **options).detach()
+
+
 def choice(what: str, given: str, known: Iterable[str], error: type[FaithkdError] = FaithkdError) -> None:
     """Refuse an unknown name with the nearest known one."""
     if not isinstance(given, str) or given not in known:
@@ -61,13 +69,13 @@ def images(x: Tensor) -> Tensor:
 
     Whole numbers become floating-point ones, in float32 where that holds them exactly.
     """
-    if not isinstance(x, Tensor) or x.is_complex():
+    if not isinstance(x, Tensor) or x.is_complex() or x.is_nested:
         raise FaithkdError(f"x must be a real torch.Tensor of shape (N, *image), not {_kind(x)}")
     if x.ndim < 2:
         raise FaithkdError(f"x has shape {tuple(x.shape)}; give a batch (N, *image), for one image x[None]")
     if x.layout != torch.strided or x.is_quantized or x.is_meta:
         raise FaithkdError(f"x must be a dense tensor of numbers that are there, not {_kind(x)}")
-    x = x.detach()
+    x = x.detach().as_subclass(Tensor)
     if not x.is_floating_point():
         rough = x.float()
         x = rough if (rough.double() == x.double()).all() else x.double()
@@ -83,10 +91,10 @@ def clip_range(clip, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         low, high = (
-            torch.as_tensor(end, dtype=torch.float64, device=x.device).detach().broadcast_to(x.shape)
+            _tensor(end, dtype=torch.float64, device=x.device).broadcast_to(x.shape)
             for end in ((-math.inf, math.inf) if clip is None else clip)
         )
-    except (RuntimeError, TypeError, ValueError) as problem:
+    except (OverflowError, RuntimeError, TypeError, ValueError) as problem:
         raise FaithkdError(f"clip must be (low, high), each broadcastable to x of shape {tuple(x.shape)}") from problem
     if (low > high).any():
         raise FaithkdError("clip=(low, high) must not have low above high; are the two swapped?")
@@ -99,30 +107,57 @@ def clip_range(clip, x: Tensor) -> tuple[Tensor, Tensor]:
 def labels(y, count: int, classes: int) -> Tensor:
     """Labels `(N,)` in int64, from whole numbers of any type."""
     try:
-        values = torch.as_tensor(y).detach().double()
+        values = _tensor(y)
     except (RuntimeError, TypeError, ValueError) as problem:
         raise FaithkdError(f"y must be a tensor of {count} labels, not {type(y).__name__}") from problem
-    if values.shape != (count,):
+    if values.shape != (count,) or values.layout != torch.strided or values.is_meta or values.is_complex():
         raise FaithkdError(f"y must hold one label for each of {count} images, ({count},), not {_kind(values)}")
+    values = values.double()
     if (wrong := ~((values >= 0) & (values < classes) & (values == values.floor()))).any():
         raise FaithkdError(f"y must hold whole numbers from 0 to {classes - 1}, the classes, not {values[wrong][0]:g}")
     return values.long()
 
 
-def as_module(network) -> tuple[nn.Module, int]:
-    """A network as a module, and how many images it takes at once: an exported program may have a fixed number."""
+class Pieces(nn.Module):
+    """A program that was exported for `batch` images, for any number of them: so many at once."""
+
+    def __init__(self, program: nn.Module, batch: int) -> None:
+        super().__init__()
+        self.program, self.batch = program, batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.each(self.program, x)
+
+    def each(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What a function makes of the images, so many at once, the last of them again to fill up."""
+        if len(x) == self.batch:
+            return function(x)
+        filled = torch.cat([x, x[-1:].expand(-len(x) % self.batch, *x.shape[1:])])
+        return torch.cat([function(part) for part in filled.split(self.batch)])[: len(x)]
+
+
+def as_module(network) -> nn.Module:
+    """A network as a module; `batch` is an attribute of those that take a fixed number of images at once."""
     network = getattr(network, "_orig_mod", network)  # of what torch.compile makes
     if type(network).__name__ != "ExportedProgram":  # its class is in a part of torch that takes seconds to import
-        return network, getattr(network, "batch", 2)
+        return network
     inputs = network.graph_signature.user_inputs
-    sizes = [node.meta["val"].shape[0] for node in network.graph.nodes if node.name in inputs]
-    return network.module(), sizes[0] if len(sizes) == 1 and isinstance(sizes[0], int) else 2
+    sizes = [node.meta["val"].shape[:1] for node in network.graph.nodes if node.name in inputs]
+    fixed = len(sizes) == 1 and len(sizes[0]) == 1 and isinstance(sizes[0][0], int)
+    return Pieces(network.module(), sizes[0][0]) if fixed else network.module()
 
 
 def network(module: nn.Module, name: str) -> None:
     """Refuse what is no module with finite weights; whether it returns logits, `class_count` sees."""
     if not isinstance(module, nn.Module):
         raise FaithkdError(f"{name} must be a torch.nn.Module that returns logits (N, C), not {_kind(module)}")
+    for path, layer in module.named_modules():
+        own = vars(layer).get("forward")
+        known = isinstance(own, MethodType) or hasattr(layer, "_orig_mod")  # the second: made by torch.compile
+        norms = any(isinstance(each, nn.modules.batchnorm._NormBase) for each in layer.modules())
+        if layer.training and own and not known and norms:
+            where = f"{name}, layer {path}" if path else name
+            raise FaithkdError(f"{where}: forward was replaced, and leads to a network in training mode: call .eval()")
     for path, weight in module.named_parameters(remove_duplicate=False):
         *layer, kind = path.split(".")
         where = f"{name}, layer {'.'.join(layer)}: the {kind}" if layer else f"{name}: the {kind}"
@@ -138,8 +173,9 @@ def network(module: nn.Module, name: str) -> None:
 
 def class_count(logits, x: Tensor, name: str) -> int:
     """The number of classes C in what a network returns for the images `x`."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        returned = ("N", *logits.shape[1:]) if isinstance(logits, Tensor) else type(logits).__name__
+    real = isinstance(logits, Tensor) and logits.is_floating_point()
+    if not real or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        returned = ("N", *logits.shape[1:]) if real else _kind(logits)
         raise FaithkdError(
             f"{name} returns {returned} for images of shape {tuple(x.shape[1:])}; "
             "needed are logits of shape (N, C) with C >= 2 classes"
@@ -158,7 +194,7 @@ def same_classes(teacher: int, student: int) -> None:
 
 def _kind(value) -> str:
     """What a value is, for a message."""
-    if not isinstance(value, Tensor):
-        return type(value).__name__
+    if not isinstance(value, Tensor) or value.is_nested:
+        return "a nested tensor" if isinstance(value, Tensor) else type(value).__name__
     layout = "" if value.layout == torch.strided else f", {value.layout}"
     return f"a tensor of {value.dtype}, shape {tuple(value.shape)}, on {value.device}{layout}"

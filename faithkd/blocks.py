@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from faithkd import arguments
+from faithkd.frozen import untouched
 
 
 def fastest(
@@ -29,8 +30,8 @@ def on_blocks(network: nn.Module, shape: Sequence[int]) -> nn.Sequential | None:
 
     None if it does not begin as Table 4, or if anything suggests that its first steps are not just its first layer's.
     """
-    first = network[0] if _untouched(network, nn.Sequential) and len(network) else None
-    if not _untouched(first, nn.Conv2d) or len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
+    first = network[0] if untouched(network, nn.Sequential) and len(network) else None
+    if not untouched(first, nn.Conv2d) or len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
         return None
     form = (first.kernel_size, first.stride, first.padding, first.dilation, first.groups)
     return nn.Sequential(_OnBlocks(first), *network[1:]) if form == ((3, 3), (2, 2), (0, 0), (1, 1), 1) else None
@@ -50,13 +51,6 @@ class _OnBlocks(nn.Module):
     def forward(self, blocks: Tensor) -> Tensor:
         weight = functional.pixel_unshuffle(functional.pad(self.convolution.weight, (0, 1, 0, 1)), 2)
         return functional.conv2d(blocks, weight, self.convolution.bias)
-
-
-def _untouched(module: nn.Module | None, kind: type) -> bool:
-    """Whether a module is of this very class, and neither hooks nor a method of its own change what it does."""
-    if type(module) is not kind or "forward" in vars(module):
-        return False
-    return not any(vars(module)[f"_{when}_hooks"] for when in ("forward", "forward_pre", "backward", "backward_pre"))
 
 
 def to_blocks(x: Tensor) -> Tensor:

@@ -275,8 +275,7 @@ def _stops_politely():
 def _provenance(p, record: notebooks.Record, before: dict) -> dict:
     """What made the figures: parameters, versions, machine, seconds of each notebook, also of earlier runs."""
     params = p.model_dump(mode="json")
-    seconds = before.get("seconds", {}) if before.get("params") == params else {}
-    seconds |= {stem: entry["seconds"] for stem, entry in record.entries.items()}
+    seconds = before.get("seconds", {}) | {stem: entry["seconds"] for stem, entry in record.entries.items()}
     versions = {name: _version(name) for name in ("faithkd", "torch", "numpy", "cvxpy", "highspy")}
     return {
         "profile": p.profile,

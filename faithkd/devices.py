@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from faithkd import arguments
 from faithkd.errors import FaithkdError
 
 
@@ -17,9 +18,12 @@ def follows_images(function: Callable) -> Callable:
     Inside, tensors are made there by default: no constructor has to say so. On the CPU nothing changes.
     """
     signature = inspect.signature(function)
+    known = None if "choices" in signature.parameters else [*signature.parameters, "device"]  # these know their own
 
     @functools.wraps(function)
     def run(*given, device: torch.device | str | None = None, **options):
+        if known:
+            arguments.keywords(options, known)
         bound = signature.bind(*given, **options)
         x = bound.arguments.get("x")
         if isinstance(x, Tensor) and device is not None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakSet
 
 import torch
@@ -17,7 +18,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from faithkd.arguments import Pieces
 from faithkd.errors import FaithkdError
+
+
+def untouched(module: nn.Module | None, kind: type) -> bool:
+    """Whether a module is of this very class, and neither hooks nor a method of its own change what it does."""
+    if type(module) is not kind or "forward" in vars(module):
+        return False
+    hooks = [f"{when}_hooks" for when in ("forward", "forward_pre", "backward", "backward_pre")]
+    return not any(vars(module)[f"_{name}"] or getattr(nn.modules.module, f"_global_{name}") for name in hooks)
 
 
 @contextmanager
@@ -43,13 +53,18 @@ class Precision(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         args, kwargs = tree_map(self._cast, (args, kwargs or {}))
         if function in (Tensor.half, Tensor.bfloat16, Tensor.float):
-            return args[0]
+            return args[0].to(self.dtype)  # whole numbers too
         result = function(*args, **kwargs)
         return result if isinstance(result, torch.dtype) else tree_map(self._cast, result)
 
 
+def draws(function) -> bool:
+    """Whether one of torch's operations draws at random; attention has a dropout of 0."""
+    return torch.Tag.nondeterministic_seeded in function.tags and "attention" not in function.overloadpacket.__name__
+
+
 class Softmaxes(TorchDispatchMode):
-    """Notes of what every softmax over classes was taken."""
+    """Notes of what every softmax over classes was taken; refuses what draws at random."""
 
     NAMES = ("softmax", "_softmax", "log_softmax", "_log_softmax")
 
@@ -62,7 +77,10 @@ class Softmaxes(TorchDispatchMode):
         return False  # else torch's compiler is imported, which takes seconds
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        made, name = function(*arguments, **(options or {})), function.overloadpacket.__name__
+        name = function.overloadpacket.__name__
+        made = function(*arguments, **(options or {}))
+        if draws(function):
+            raise FaithkdError(f"{name} draws at random, in evaluation too")
         if name in self.NAMES and arguments[0].ndim == 2 and arguments[1] in (1, -1):
             self.taken[id(made)] = made, arguments[0], name.strip("_")
         return made
@@ -79,8 +97,13 @@ class Logits(nn.Module):
         self.network, self.softmax = network, ""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.network, Pieces):
+            return self.network.each(partial(self.logits, self.network.program), x)
+        return self.logits(self.network, x)
+
+    def logits(self, network: nn.Module, x: Tensor) -> Tensor:
         with Softmaxes() as seen:
-            made = self.network(x)
+            made = network(x)
         _, logits, self.softmax = seen.taken.get(id(made), (made, made, ""))
         return logits
 
@@ -109,6 +132,8 @@ class Frozen:
             try:
                 with self.precision:
                     found.append(network(z.clone()))  # its first layer may work in place
+            except FaithkdError as problem:
+                raise FaithkdError(f"{name}: {problem}") from problem
             except Exception as problem:  # whatever a caller's own code raises
                 raise FaithkdError(
                     f"{name} cannot be run on images of shape {tuple(z.shape[1:])} in {self.dtype}: "
@@ -144,6 +169,9 @@ def _copy(network: nn.Module, name: str) -> nn.Module:
         ) from problem
     with suppress(NotImplementedError):  # of an exported graph, which has the mode it was exported in
         copy.eval()
+    for module in copy.modules():
+        for name, child in module._modules.items():
+            module._modules[name] = getattr(child, "_orig_mod", child)  # of what torch.compile makes
     for weight in copy.parameters():  # scripted networks cannot do this as a whole
         weight.requires_grad_(False)
     return copy

@@ -35,7 +35,7 @@ def strong_lower_bound(
     together. Never below `empirical_lower_bound` with the same arguments; as valid, some 30 times as expensive.
     `search`: see `Search`.
     """
-    balls, search = Balls(x, eps, clip, teacher=teacher, student=student), Search(restarts=restarts, **search)
+    balls, search = Balls(x, eps, clip, teacher=teacher, student=student), Search.of({"restarts": restarts, **search})
     sure = torch.maximum(*(torch.softmax(logits, 1) for logits in balls.logits(balls.x)))
     leading = sure.argsort(1, descending=True)[:, : arguments.whole("classes", classes)]
     norm, *others = _wider_losses(leading.shape[1])
@@ -100,10 +100,11 @@ def auto_attack(
     def unscaled(u: Tensor) -> Tensor:
         return low + width * u.to(x.dtype).reshape(-1, *x.shape[1:])
 
-    u = (x[rows] - low) / width
+    # its own numbers are in the caller's usual precision
+    u = ((x[rows] - low) / width).to(torch.get_default_dtype())
     u = u if u.ndim == 4 else u.reshape(len(u), -1, 1, 1)  # it expects images (N, channels, height, width)
     options = {"eps": eps / float(width), "version": version, "seed": seed}
-    found = _auto_attack(lambda u: balls.rough(unscaled(u))[0], u, labels[rows], balls.count, **options)
+    found = _auto_attack(lambda u: balls.rough(unscaled(u))[0].to(u.dtype), u, labels[rows], balls.count, **options)
     points = torch.clamp(unscaled(found), lower[rows], upper[rows])
     fooled = balls.classes(points)[0] != labels[rows]
     holds[rows[fooled]], witnesses[rows[fooled]] = False, points[fooled]

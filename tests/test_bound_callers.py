@@ -6,6 +6,7 @@ import sys
 import threading
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from pairs import chain_of_tiny_weights, fully_connected, gap, points
@@ -193,6 +194,44 @@ def test_what_is_changed_in_place_is_read_as_changed():
     assert (true <= found).all() and (found - true).max() < 1e-9
 
 
+class Deciding(Twice):
+    """Its sign depends on the image's values, in a way that a trace of it may not see."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, z):
+        return self.layer(z) * (-1 if np.max(self.how(z.abs())) > 300 else 1)
+
+
+@pytest.mark.parametrize("how", [torch.Tensor.tolist, torch.Tensor.numpy, np.asarray, lambda z: z.max().item()])
+def test_what_decides_by_plain_numbers_is_refused(how):
+    with pytest.raises(FaithkdError, match="student"):
+        bound(nn.Linear(3, 3), Deciding(how), torch.full((1, 3), 305.0), 1e-3, "crown")
+
+
+def test_what_depends_on_the_number_of_images_is_refused():
+    network = nn.Linear(3, 3)
+    network.register_forward_hook(lambda _, inputs, z: z / len(z))
+    with pytest.raises(FaithkdError, match="on how many there are"):
+        bound(network, nn.Linear(3, 3), torch.rand(1, 3), 0.0, "crown")
+
+
+def test_layouts_change_no_search():
+    """Both halves of a split differ, whichever way an image's numbers and a convolution's weights lie in memory."""
+    torch.manual_seed(0)
+    pair = [nn.Sequential(nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)) for _ in range(2)]
+    x = torch.randn(2, 2, 4, 4)
+    wanted = faithfulness_upper_bound(*pair, x, 0.5, method="bab", nodes=60)
+    pair = [network.to(memory_format=torch.channels_last) for network in pair]
+    found = faithfulness_upper_bound(
+        *pair, x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), 0.5, method="bab", nodes=60
+    )
+    torch.testing.assert_close(found.values, wanted.values, rtol=0, atol=1e-9)
+    assert (wanted.values < wanted.rungs["joint"]).all()
+
+
 def test_what_draws_at_random_is_refused():
     with pytest.raises(FaithkdError, match=r"teacher.*at random"):
         bound(Drawn(), nn.Sequential(nn.Linear(3, 3)), torch.rand(2, 3), 0.1, "crown")
@@ -215,6 +254,15 @@ def test_lower_ends_stay_below_where_logits_cancel():
             student[2].bias -= 1e16
         found = bound(teacher, student, torch.randn(3, 3), 0.1, "best")
         assert (found.lower <= found.values).all() and (found.lower >= 0).all()
+    teacher, student = fully_connected(1, 3, 2), nn.Sequential(nn.Linear(1, 2)).double()
+    with torch.no_grad():  # of both the logits are 3 and 0 everywhere, for the teacher 1e17 + 3 - 1e17
+        for layer in (teacher[0], teacher[2], student[0]):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        teacher[0].bias.fill_(1.0)
+        teacher[2].weight[0] = torch.tensor([1e17, 3.0, -1e17])
+        student[0].bias[0] = 3.0
+    assert bound(teacher, student, torch.zeros(1, 1), 0.0, "best").lower == 0
 
 
 @pytest.mark.parametrize("method", METHODS)

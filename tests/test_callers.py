@@ -198,6 +198,13 @@ class Functional(nn.Module):
         return torch.func.functional_call(self.inner[0], self.own, (x.float(),))
 
 
+class Whole(nn.Module):
+    """Adds what integers make of the image, here nothing."""
+
+    def forward(self, x):
+        return x + ((x * 0).to(torch.uint8).float() - 1) + 1
+
+
 def exported(network):
     return torch.export.export(network, (X,), dynamic_shapes=({0: torch.export.Dim("images")},))
 
@@ -209,6 +216,9 @@ WRAPPED = {
     "scripted": torch.jit.script,
     "an exported program": exported,
     "a module of one": lambda network: exported(network).module(),
+    "exported for two images": lambda network: torch.export.export(network, (X[:2],)),
+    "in single precision after whole numbers": lambda network: nn.Sequential(Whole(), network),
+    "compiled inside": lambda network: nn.Sequential(torch.compile(network.train(), backend="eager")),
     "on several devices": nn.DataParallel,
 }
 
@@ -267,10 +277,23 @@ def test_the_callers_process_networks_and_images_are_left_alone(name, mode):
         assert state() == before
 
 
+class Drawn(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x))
+
+
+class Beside(Drawn):
+    def forward(self, x):
+        return nn.functional.linear(x - x.mean(0), self.weight)
+
+
 WRONG = [
     *(
         ({"eps": eps}, "eps must be")
-        for eps in (-0.1, float("nan"), float("inf"), True, "0.1", None, torch.ones(2), 1j)
+        for eps in (-0.1, float("nan"), float("inf"), True, np.True_, b"1", "0.1", None, torch.ones(2), 1j)
     ),
     ({"x": X * float("nan")}, "x holds NaN or infinity, first in image 0"),
     ({"x": X[0]}, "give a batch"),
@@ -280,7 +303,9 @@ WRONG = [
     ({"clip": (0.0, 0.001)}, "x lies outside clip"),
     ({"clip": (float("nan"), 1)}, "clip holds NaN"),
     ({"clip": (9.0, -9.0)}, "low above high"),
-    *(({"clip": clip}, "clip must be") for clip in ((-9.0, torch.ones(3)), 9.0)),
+    *(({"clip": clip}, "clip must be") for clip in ((-9.0, torch.ones(3)), 9.0, (0, 10**400))),
+    *(({"teacher": kind()}, "at random|others of its batch|images of a batch") for kind in (Drawn, Beside)),
+    ({"restart": 3}, "unknown keyword 'restart'"),
     *(({"seed": seed}, "seed must be") for seed in (1.5, -1, 2**64)),
     ({"teacher": mlp(4, 3).to("meta")}, "layer 0: the weight has no values"),
     ({"teacher": mlp(4, 2, 3, factor=float("nan"))}, "layer 0: the weight holds NaN"),
@@ -289,11 +314,12 @@ WRONG = [
     ({"student": mlp(4, 5, 7)}, "the teacher has 3 classes and the student 7"),
     *(({"y": y}, "y must") for y in (Y[:2], Y + 1, Y - 1, Y + 0.5, nn.functional.one_hot(Y, 3), None, "abcde")),
     *(({name: value}, f"{name} must be") for name in ("steps", "restarts") for value in (0, 1.5, True, "2", None)),
+    *(({"y": y}, "y must") for y in (Y.to_sparse(), Y + 1j)),
     ({"version": "fast"}, "choose one of standard, plus"),
     ({"classes": 0}, "classes must be a whole number >= 1"),
 ]
 ONLY = {"y": LABELLED, "student": set(CALLS) - LABELLED, "steps": PGD, "restarts": PGD}
-ONLY |= {"version": {"auto_attack"}, "classes": {"strong_lower_bound"}}
+ONLY |= {"version": {"auto_attack"}, "classes": {"strong_lower_bound"}, "restart": PGD}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -314,7 +340,11 @@ class Uncopied(nn.Linear):
 
 def test_networks_that_give_no_logits_are_told():
     column = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
-    for network, told in ((Uncopied(4, 3), "pickle a lock"), (column, "returns .'N', 3, 1."), (nn.LSTM(4, 3), "tuple")):
+    whole, norm = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    whole.register_forward_hook(lambda _, inputs, z: z.long())
+    norm.forward = lambda z, forward=norm.forward: forward(z)
+    cases = {Uncopied(4, 3): "pickle a lock", column: "returns .'N', 3, 1.", nn.LSTM(4, 3): "tuple"}
+    for network, told in (cases | {whole: "torch.int64", norm: "replaced, and leads to a network in training"}).items():
         with pytest.raises(FaithkdError, match=told):
             evaluation.robust(network, X, Y, 0.1)
 
@@ -327,8 +357,23 @@ def test_numbers_labels_and_images_of_other_forms_are_taken():
         x = torch.ones(2, 4).to(kind)
         found = faithkd.empirical_lower_bound(TEACHER, STUDENT, x, 0.0, **QUICK)
         assert torch.allclose(found.values, gap(TEACHER, STUDENT, x), rtol=0, atol=1e-12)
-    for y in (Y.int(), Y.to(torch.uint8), Y.float(), Y.tolist(), Y.numpy()):
+    backwards = np.ascontiguousarray(Y.numpy()[::-1])[::-1]
+    for y in (Y.int(), Y.to(torch.uint8), Y.float(), Y.tolist(), Y.numpy(), backwards):
         assert torch.equal(evaluation.robust(TEACHER, X, y, 0.0).holds, TEACHER(X).argmax(1) == Y)
+
+
+def test_what_hands_no_gradient_is_told():
+    network = deepcopy(TEACHER)
+    network.forward = torch.no_grad()(network.forward)
+    with pytest.warns(UserWarning, match="student hands no gradient to its images"):
+        faithkd.empirical_lower_bound(TEACHER, network, X, 0.1, **QUICK)
+
+
+def test_auto_attack_takes_double_images_and_seeds_of_numpy():
+    y = TEACHER(X).argmax(1)
+    wanted = evaluation.auto_attack(TEACHER, X, y, 0.3, seed=3).holds
+    assert torch.equal(evaluation.auto_attack(TEACHER, X.double(), y, 0.3, seed=np.int64(3)).holds, wanted)
+    assert evaluation.robust(TEACHER, X, y, 0.3, seed=np.int64(3), **QUICK).holds.shape == (5,)
 
 
 class Confident(nn.Module):

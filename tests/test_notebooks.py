@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
 
 import nbformat
 import pandas
@@ -126,7 +127,7 @@ def test_damaged_files_are_named_with_a_remedy(home, sound, content):
     about.with_name("table2.csv").write_text("method,eps,bound,mean\nFD,0.1,EmpLB,0.1\n")
     uses = {
         sound: lambda: notebooks.title(sound),
-        about: pages._expectations,
+        about: lambda: pages._expectations([]),
         table: lambda: pages._committed("claims"),
     }
     for path, use in uses.items():
@@ -159,10 +160,12 @@ def test_a_profile_of_which_only_some_notebooks_ran_has_no_row(home):
     figures = home.folder / "figures" / "mnist"
     about = {"params": {"data": {"name": "mnist"}}, "seconds": {"10-x": 125.0}}
     paths.write(figures / "provenance.json", json.dumps(about))
-    assert len(pages._expectations()) == 2, "the heads alone"
+    ran, other = Path("10-x.ipynb"), Path("11-y.ipynb")
+    assert len(pages._expectations([ran])) == 2, "the heads alone"
     (figures / "table2.csv").write_text("eps,method,bound,mean\n0.1,FD,EmpLB,0.1\n0.1,FD,FaithUB,0.25\n")
     told = "| `mnist` | mnist | 2 min | FD at ε = 0.1: mean EmpLB 0.100, mean FaithUB 0.250 |"
-    assert pages._expectations()[2:] == [told]
+    assert pages._expectations([ran])[2:] == [told]
+    assert pages._expectations([ran, other])[2:] == [told.replace("2 min", "not run whole yet")]
 
 
 def test_the_page_of_the_weights_lists_what_lies_there():

@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from torch import nn
 
 import faithkd
+from faithkd.bounds import graph
 from faithkd.pairs import onnx as reading
 
 RANDOM = np.random.default_rng(0)
@@ -120,6 +121,10 @@ def test_a_file_for_one_image_takes_any_number(tmp_path):
     upper = faithkd.faithfulness_upper_bound(network, nn.Sequential(nn.Flatten(), nn.Linear(32, 3)), x, 0.1)
     found = faithkd.empirical_lower_bound(network, nn.Sequential(nn.Flatten(), nn.Linear(32, 3)), x, 0.0)
     assert (upper.values <= 1).all() and (found.values > 0).all()
+    network.register_forward_pre_hook(lambda _, inputs: (3 * inputs[0] - 1,))
+    torch.testing.assert_close(graph.prepare(network, (2, 4, 4))(x.double()).float(), network(x), rtol=1e-4, atol=1e-5)
+    with torch.inference_mode(), torch.autocast("cpu"):
+        assert torch.equal(faithkd.load_onnx(path)(x), network.network.to(torch.float32)(x))
 
 
 def test_a_last_softmax_is_taken_off_and_said(tmp_path):
@@ -217,3 +222,9 @@ def test_a_question_for_others(tmp_path):
     assert (lower <= np.maximum(exact - eps, 0)).all() and (upper >= np.minimum(exact + eps, 1)).all()
     assert (upper - lower <= 2.1 * eps).all() and not re.search(r"\d[eE]", "".join(lines))
     assert "    (and (>= Y_2 0.25))" in lines and "    (and (<= Y_0 -0.25))" in lines
+    ends = torch.export.export(nn.Sequential(pair[0], nn.Softmax(1)), (x,)), pair[1]
+    with pytest.warns(UserWarning, match="ends in a softmax"):
+        again = faithkd.export_question(*ends, x, eps, 0.25, tmp_path / "again", clip=(0, 1))
+    torch.testing.assert_close(theirs(again[0], x[:1]), theirs(files[0], x[:1]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(faithkd.FaithkdError, match="no folder can be made"):
+        faithkd.export_question(*pair, x, eps, 0.25, files[0])

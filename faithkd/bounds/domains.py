@@ -346,7 +346,7 @@ def halve(domains: Domain, splits: Splits) -> Domain:
 
     Of the input ("node 0 of network BOTH"): the upper half before the lower one; both hold the middle.
     """
-    halves, count = domains.join(domains), len(splits.unit)
+    halves, count = mapped(Tensor.contiguous, domains.join(domains)), len(splits.unit)  # to be changed in place
 
     def cut(box: Box, network: int, node: int, at: Tensor | float = 0.0) -> None:
         hit = ((splits.network == network) & (splits.node == node)).nonzero()[:, 0]

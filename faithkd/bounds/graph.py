@@ -15,6 +15,7 @@ from faithkd import arguments
 from faithkd.bounds.operators import Affine, Linear, Matrix, MaxPool2d, Operator, ReLU, Shape
 from faithkd.bounds.reading import read
 from faithkd.errors import FaithkdError
+from faithkd.frozen import untouched
 
 MATRIX = 2**15  # entries of a matrix, at most: with more, a convolution is faster
 
@@ -116,9 +117,9 @@ def prepare(network: nn.Module, shape: Shape, name: str = "network") -> Network:
 
     Raises FaithkdError, with the layer's position, for anything that cannot be bounded.
     """
-    if type(network) is Operators and network.shape == tuple(shape) and not network._forward_hooks:
+    if untouched(network, Operators) and network.shape == tuple(shape):
         return network.network.to(device=torch.get_default_device())
-    arguments.network(arguments.as_module(network)[0], name)
+    arguments.network(arguments.as_module(network), name)
     with torch.device("cpu"):
         nodes, shapes = read(network, shape, name)
     logits = shapes[-1]
@@ -161,8 +162,8 @@ def prepare_pair(teacher: nn.Module, student: nn.Module, x: Tensor) -> tuple[Net
 
 
 def check_images(x: Tensor) -> Tensor:
-    """The images as float64 where they are, all finite, `(N, *shape)`."""
-    return arguments.images(x).to(dtype=torch.float64, copy=True)  # nor made in inference mode
+    """The images as float64 where they are, all finite, `(N, *shape)`, in the usual layout."""
+    return arguments.images(x).to(dtype=torch.float64, copy=True).contiguous()  # nor made in inference mode
 
 
 def outer_ball(x: Tensor, eps: float, clip: tuple | None = None) -> tuple[Tensor, Tensor]:

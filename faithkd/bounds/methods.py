@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -124,7 +124,7 @@ class Choices:
         arguments.number("tolerance", self.tolerance)
         for name in ("nodes", "jobs"):
             if getattr(self, name) is not None:
-                arguments.whole(name, getattr(self, name))
+                arguments.whole(name, getattr(self, name), below=2**62)
         if self.parts is not None:
             arguments.whole("parts", self.parts, least=int(self.method == "rows"))
         if self.budget is not None:
@@ -207,6 +207,8 @@ def faithfulness_upper_bounds(
     Arguments and errors as there; a `budget` is for each student.
     """
     choices, balls = Choices.of(choices), Balls.around(x, eps, clip)
+    if isinstance(students, nn.Sequential) or not isinstance(students, Iterable):
+        raise FaithkdError(f"students must be a list of networks, not {type(students).__name__}")
     shape = tuple(balls.x.shape[1:])
     networks = [prepare(teacher, shape, "teacher"), *(prepare(student, shape, "student") for student in students)]
     for network in networks:
@@ -373,7 +375,7 @@ def attained(pair: tuple[Network, Network], balls: Balls, choices: Choices) -> t
         steps=50,
         step_size=2.5 * balls.eps / 50,
         restarts=5,
-        generator=torch.Generator().manual_seed(choices.seed),
+        generator=torch.Generator().manual_seed(int(choices.seed)),
         clip=tuple(end.float() if exact else end for end in balls.reach),
     )
     witnesses = torch.clamp(witnesses.double(), *balls.reach)
@@ -383,14 +385,14 @@ def attained(pair: tuple[Network, Network], balls: Balls, choices: Choices) -> t
 def kept_below(pair: tuple[Network, Network], lower: Tensor, witnesses: Tensor, upper: Tensor) -> Tensor:
     """The differences at the witnesses, as float64 has them, and never above what is certified.
 
-    That the certificates are right is asserted of the real functions, whose values at a point lie in certified ranges:
-    float64's own may be off by anything where large logits cancel.
+    The real functions' values at a point lie in certified ranges. Where large logits cancel, float64's own may be off
+    by anything: there the least that is certified stands for it.
     """
     ends = [softmax_interval(box_differences(*interval(network, witnesses, witnesses)[-1])) for network in pair]
     least = torch.maximum(ends[0][0] - ends[1][1], ends[1][0] - ends[0][1]).amax(1) - 2.0**-52
     if (least > upper).any():
         raise AssertionError("an upper bound lies below a difference that is attained: please report it")
-    return torch.minimum(lower, upper)
+    return torch.where(lower > least + 1e-9, least.clamp(min=0), lower).minimum(upper)
 
 
 def shared(both: list[Alone], balls: Balls, known: tuple[Tensor, Tensor], choices: Choices, begin: float) -> dict:
@@ -457,15 +459,16 @@ def certified_agreement(
     The mean is a certified lower bound of the distillation agreement, Def. 3. `nodes`: into how many parts the ball is
     split at most, for each network. Other arguments and errors as in `faithfulness_upper_bound`.
     """
-    arguments.whole("nodes", nodes)
+    arguments.whole("nodes", nodes, below=2**62)
     balls = Balls.around(x, eps, clip)
     pair = prepare_pair(teacher, student, balls.x)
     holds = torch.zeros(len(balls), dtype=torch.bool)
-    teacher, student = (network(torch.clamp(balls.x, *balls.reach)).argmax(1) for network in pair)
+    classes = [network(torch.clamp(balls.x, *balls.reach)).argmax(1) for network in pair]
+    alike = classes[0] == classes[1]
     for some in image_chunks(pair, len(balls)):
         roots = tuple(root(network, q, *balls[some].box) for q, network in enumerate(pair))
         holds[some] = agreements.agrees(roots, 0)
-        open_ = (~holds[some] & (teacher == student)[some]).nonzero()[:, 0]
+        open_ = (~holds[some] & alike[some]).nonzero()[:, 0]
         roots = tuple(narrowed(each[open_], math.ceil(math.sqrt(nodes))) for each in roots)
         holds[some[open_]] = agreements.agrees(roots, nodes)
     return holds

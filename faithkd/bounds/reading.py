@@ -5,6 +5,7 @@ What runs are torch's core operations, whatever forward calls: layers, functions
 it is used.
 """
 
+import contextlib
 import itertools
 import linecache
 import math
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from faithkd.arguments import as_module
 from faithkd.bounds.layers import CURVES, AdaptiveMaxPool2d, Add, AvgPool2d, ConvTranspose2d, Pick, Scale, Sums
 from faithkd.bounds.operators import Conv2d, Linear, MaxPool2d, Operator, ReLU, Shape, View, pair
 from faithkd.errors import FaithkdError
-from faithkd.frozen import Logits, Precision, own_settings
+from faithkd.frozen import Logits, Precision, draws, own_settings
 
 LIBRARIES = tuple(str(Path(file).parent) for file in (torch.__file__, faithkd.__file__))  # not the caller's own code
 
@@ -286,10 +287,22 @@ OPERATIONS = {  # torch's operations by name
 SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
 
 
-class Circular(TorchFunctionMode):
-    """Circular padding by parts of the image set beside each other: torch itself fills an empty tensor in place."""
+UNSEEN = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage)  # by a Recorder
+
+
+class Seen(TorchFunctionMode):
+    """Refuses what a recorder would not see: the image's values as plain numbers, on which a forward may decide.
+
+    Circular padding becomes parts of the image set beside each other: torch itself fills an empty tensor in place.
+    """
+
+    def __init__(self, recorder: "Recorder") -> None:
+        super().__init__()
+        self.recorder = recorder
 
     def __torch_function__(self, function, types, arguments=(), options=None):
+        if function in UNSEEN and id(arguments[0]) in self.recorder.known:
+            raise FaithkdError(f"{self.recorder.position()}: what depends on the image is read as plain numbers")
         named = dict(zip(("input", "pad", "mode"), arguments, strict=False)) | (options or {})
         if function not in (nn.functional.pad, torch._C._nn.pad) or named.get("mode") != "circular":
             return function(*arguments, **(options or {}))
@@ -317,7 +330,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options, name = options or {}, function.overloadpacket.__name__
         made = function(*arguments, **options)
-        if torch.Tag.nondeterministic_seeded in function.tags and "attention" not in name:  # which has a dropout of 0
+        if draws(function):
             raise FaithkdError(f"{self.position()}: {name} draws at random, in evaluation too")
         given = [part for part in tree_leaves((arguments, options)) if id(part) in self.known]
         if not given or name in SHAPES_ONLY:
@@ -371,7 +384,8 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
     """
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         raise FaithkdError(f"{name}: a forward hook on all modules is registered; remove it before asking for a bound")
-    given, batch = as_module(network)
+    given = as_module(network)
+    batch = getattr(given, "batch", None) or 2
     own, builder = in_float64(given, {}, name), Builder(shape, batch)
     network = Logits(own)
     images = torch.zeros(batch, *shape, dtype=torch.float64)
@@ -385,7 +399,7 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
     # torch's own warnings are about parts of it that this network happens to use
     with own_settings(), torch.no_grad(), Precision(torch.float64), warnings.catch_warnings(action="ignore"):
         try:
-            with recorder, Circular():
+            with recorder, Seen(recorder):
                 logits = network(images)
         except FaithkdError:
             raise
@@ -401,34 +415,36 @@ def read(network, shape: Shape, name: str) -> tuple[list[tuple[Operator, tuple]]
             raise last
         if last is None:
             raise FaithkdError(f"{name} does not return one tensor of logits that depend on the image")
-        compare(builder, last, network, name)
+        compare(builder, last, network, name, getattr(given, "batch", None) is None)
     network.tell(name, given)
     return builder.nodes[:last], builder.shapes[: last + 1]
 
 
 def in_float64(module: nn.Module, made: dict[int, nn.Module], name: str) -> nn.Module:
-    """The module with all its tensors in float64 on the CPU, in evaluation; all else is shared with it, not copied."""
+    """The module with all its tensors in float64 on the CPU, in evaluation; what else it has is shared with it."""
 
     def converted(value):
+        if isinstance(value, nn.Module):
+            return in_float64(value, made, name)
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, converted(value.__self__))
         if not isinstance(value, Tensor):
             return value
         if type(value) not in (Tensor, nn.Parameter):
             raise FaithkdError(
                 f"{name} cannot be traced: a {type(value).__name__} among its weights may compute anything"
             )
-        return value.detach().to("cpu", torch.float64 if value.is_floating_point() else None, copy=True)
+        value = value.detach().contiguous()
+        return value.to("cpu", torch.float64 if value.is_floating_point() else None, copy=True)
 
     if isinstance(module, torch.jit.ScriptModule):
         raise FaithkdError(f"{name} cannot be traced: it is scripted; give the module that it was made from")
+    module = getattr(module, "_orig_mod", module)  # of what torch.compile makes
     if id(module) not in made:
         made[id(module)] = copy = object.__new__(type(module))
         for attribute, value in vars(module).items():
-            if attribute in ("_parameters", "_buffers"):
-                value = {key: converted(part) for key, part in value.items()}
-            elif attribute == "_modules":
-                value = {key: part if part is None else in_float64(part, made, name) for key, part in value.items()}
-            copy.__dict__[attribute] = converted(value)
-        copy.__dict__["training"] = False
+            copy.__dict__[attribute] = tree_map(converted, value)
+        copy.__dict__ |= {"training": False, "_compiled_call_impl": None}
     return made[id(module)]
 
 
@@ -444,19 +460,28 @@ def position(frames: Iterable[FrameType], paths: dict[int, str], name: str) -> s
     return f"{name}{layer or ''}{line or ''}"
 
 
-def compare(builder: Builder, last: Place, network: nn.Module, name: str) -> None:
-    """Refuse operators that compute something else than their module, as where values depend on more than the image."""
+def compare(builder: Builder, last: Place, network: nn.Module, name: str, alone: bool) -> None:
+    """Refuse operators that compute something else than their module, as where values depend on more than the image.
+
+    `alone`: whether it is asked about one image by itself, too.
+    """
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(builder.batch, *builder.shapes[0], dtype=torch.float64, generator=generator) * 2 - 1
     image[0] *= 100  # what is done to large values only is seen too
-    values = [image]
-    expected = network(image.clone())
-    for operator, inputs in builder.nodes[:last]:
-        values.append(operator(*(values[place] for place in inputs)))
-    found = values[-1]
+
+    def computed(image: Tensor) -> Tensor:
+        values = [image]
+        for operator, inputs in builder.nodes[:last]:
+            values.append(operator(*(values[place] for place in inputs)))
+        return values[-1]
+
+    found, expected = computed(image), network(image.clone())
+    with contextlib.suppress(Exception):  # some take several images only
+        if alone and (one := network(image[:1].clone())).shape == found[:1].shape:
+            found, expected = torch.cat([found, computed(image[:1])]), torch.cat([expected, one])
     beyond = ~found.isfinite() & ~expected.isfinite()  # where weights are so large, no order of sums is right
     if not (torch.isclose(found, expected, rtol=1e-9, atol=1e-9) | beyond).all():
         raise FaithkdError(
             f"{name}: what was read of it computes something else than it does; does its forward change values in "
-            "place that it uses again, draw at random, or depend on anything but the image?"
+            "place that it uses again, draw at random, or depend on anything but the image, as on how many there are?"
         )

@@ -1,8 +1,9 @@
 """One projected gradient ascent, eq. (2), for training, robust accuracy, agreement and EmpLB alike."""
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from faithkd import arguments
 from faithkd.blocks import fastest
 from faithkd.core.losses import difference
+from faithkd.errors import FaithkdError
 from faithkd.frozen import Logits, frozen, own_settings
 
 CHUNK = 500  # images attacked at once: large enough for fast matrix products, small enough for the cache
@@ -154,6 +156,12 @@ class Search:
     seed: int = 0
     step_factor: float = 2.5
 
+    @staticmethod
+    def of(keywords: dict) -> "Search":
+        """From a caller's keywords: raises FaithkdError for one that is misspelt, too."""
+        arguments.keywords(keywords, [part.name for part in fields(Search)] + ["clip"])
+        return Search(**keywords)
+
     def __post_init__(self) -> None:
         arguments.whole("steps", self.steps)
         arguments.whole("restarts", self.restarts)
@@ -167,7 +175,7 @@ class Balls:
     def __init__(self, x: Tensor, eps: float = 0.0, clip: Clip | None = None, **networks: nn.Module) -> None:
         x, self.eps = arguments.images(x), arguments.radius(eps)
         self.clip = arguments.clip_range(clip, x)
-        networks = {name: arguments.as_module(network)[0] for name, network in networks.items()}
+        networks = {name: arguments.as_module(network) for name, network in networks.items()}
         for name, network in networks.items():
             arguments.network(network, name)
         found = (x.dtype, *(weight.dtype for network in networks.values() for weight in network.parameters()))
@@ -178,7 +186,16 @@ class Balls:
         counts = [arguments.class_count(each, some, name) for name, each in logits]
         arguments.same_classes(counts[0], counts[-1])
         self.count = counts[0]
-        for each, (name, network) in zip(tried.networks, list(networks.items()), strict=True):
+        two = some[:2].double()
+        beside = zip(tried(two), tried(two[:1].expand_as(two).clone().requires_grad_(True)), strict=True)
+        for each, (name, network), (said, again) in zip(tried.networks, list(networks.items()), beside, strict=True):
+            if not torch.isclose(again[0], said[0], rtol=1e-6, atol=1e-6).all():
+                raise FaithkdError(
+                    f"{name} answers for an image by the others of its batch: attacks ask about each alone"
+                )
+            if not again.requires_grad and (said != said[:1]).any():
+                why = "perhaps for a torch.no_grad; of attacks only the random starts are left"
+                warnings.warn(f"{name} hands no gradient to its images, {why}", stacklevel=4)
             each.tell(name, network)
             networks[name] = Logits(network) if each.softmax else network
         self.rough = frozen(networks, torch.float64 if torch.float64 in found else torch.float32, x)
@@ -206,7 +223,7 @@ class Balls:
         """
         steps = effort.steps if self.eps else 0
         options = {"steps": steps, "step_size": effort.step_factor * self.eps / max(steps, 1)}
-        options |= {"restarts": effort.restarts, "generator": torch.Generator().manual_seed(effort.seed)}
+        options |= {"restarts": effort.restarts, "generator": torch.Generator().manual_seed(int(effort.seed))}
 
         def piece(rows: slice) -> Tensor:
             networks, x, clip, back = fastest(self.rough.networks, self.x[rows], tuple(end[rows] for end in self.clip))

@@ -40,7 +40,7 @@ def agreement(
         hard = teachers.argmax(1)
         return cross_entropy(students, hard), (students.argmax(1) != hard).to(students.dtype)
 
-    witnesses = balls.attack(objective, Search(**search))
+    witnesses = balls.attack(objective, Search.of(search))
     teachers, students = balls.classes(witnesses)
     return Attack(teachers == students, witnesses)
 
@@ -83,7 +83,7 @@ def robust(network: nn.Module, x: Tensor, y: Tensor, eps: float, *, clip: Clip |
     def objective(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         return cross_entropy(logits, labels[rows]), (logits.argmax(1) != labels[rows]).to(logits.dtype)
 
-    witnesses = balls.attack(objective, Search(**search))
+    witnesses = balls.attack(objective, Search.of(search))
     return Attack(balls.classes(witnesses)[0] == labels, witnesses)
 
 
@@ -96,4 +96,4 @@ def hardest(network: nn.Module, x: Tensor, y: Tensor, eps: float, *, clip: Clip 
     """
     balls = Balls(x, eps, clip, network=network)
     labels = balls.labels(y)
-    return balls.attack(lambda rows, logits: (cross_entropy(logits, labels[rows]),) * 2, Search(**search))
+    return balls.attack(lambda rows, logits: (cross_entropy(logits, labels[rows]),) * 2, Search.of(search))

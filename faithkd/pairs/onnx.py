@@ -197,9 +197,10 @@ def load_onnx(path: str | Path) -> Operators:
     with about(path, "this is no whole ONNX file; copy or export it again, with its .onnx.data if there is one"):
         model = parsed(path)
         batch, shape, single = images(model)
-        graph = Graph(model, batch or 2)
+        graph = Graph(model, batch)
         network = Operators(prepare(graph, shape, str(path)))
-        x = torch.randn(-(-POINTS // (batch or 1)) * (batch or 1), *shape, generator=torch.Generator().manual_seed(0))
+        count, generator = -(-POINTS // (batch or 1)) * (batch or 1), torch.Generator().manual_seed(0)
+        x = torch.randn(count, *shape, generator=generator, dtype=torch.float32)
         x[::2] = x[::2].sigmoid()  # half of them in [0, 1]
         compare(path, graph, x if single else x.double(), batch)
         return network
@@ -252,14 +253,14 @@ def images(model) -> tuple[int | None, tuple, bool]:
 
 
 class Graph(nn.Module):
-    """What a model computes of `batch` images, node by node, while it is read; `where` says at which node.
+    """What a model computes of `batch` images (None: any number), node by node; `where` says at which node.
 
     Arrays depend on no image, tensors do.
     """
 
     where = ""
 
-    def __init__(self, model, batch: int) -> None:
+    def __init__(self, model, batch: int | None) -> None:
         from onnx import numpy_helper
 
         super().__init__()
@@ -267,7 +268,7 @@ class Graph(nn.Module):
         self.opsets = {each.domain: each.version for each in model.opset_import}
         self.fixed = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         for name, weight in self.fixed.items():
-            if weight.dtype.kind == "f" and not np.isfinite(weight).all():
+            if weight.dtype.kind == "f" and weight.ndim and not np.isfinite(weight).all():
                 raise FaithkdError(f"the weight {name} holds NaN or infinity; train or export the network again")
 
     def forward(self, x: Tensor) -> Tensor:

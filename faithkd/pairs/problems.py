@@ -5,16 +5,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from faithkd.errors import FaithkdError
+from faithkd.frozen import own_settings
 
 DAMAGED = (zipfile.BadZipFile, EOFError, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError)
+DAMAGED += (MemoryError,)  # sizes that a damaged head claims
 
 
 @contextmanager
 def about(path: str | Path, damaged: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a FaithkdError about `path`; `damaged`: for a file that cannot be parsed."""
+    """Whatever goes wrong inside becomes a FaithkdError about `path`; `damaged`: for a file that cannot be parsed.
+
+    Inside, PyTorch works on the CPU and as it does by itself, whatever the caller has set.
+    """
     try:
-        yield
+        with own_settings(), torch.device("cpu"):
+            yield
     except FileNotFoundError:
         raise FaithkdError(f"{path}: there is no such file") from None
     except ModuleNotFoundError as missing:

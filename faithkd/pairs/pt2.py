@@ -39,11 +39,11 @@ def load_pt2(path: str | Path) -> Operators:
 
 
 class Graph(nn.Module):
-    """What a file computes of `batch` images, node by node, while it is read; `where` says at which node."""
+    """What a file computes of `batch` images (None: any number), node by node; `where` says at which node."""
 
     where = ""
 
-    def __init__(self, nodes: list[dict], first: str, last: str, weights: dict[str, Tensor], batch: int) -> None:
+    def __init__(self, nodes: list[dict], first: str, last: str, weights: dict[str, Tensor], batch: int | None):
         super().__init__()
         self.nodes, self.first, self.last, self.weights, self.batch = nodes, first, last, weights, batch
 
@@ -91,7 +91,7 @@ def read(archive: zipfile.ZipFile) -> tuple[Graph, tuple]:
     batch, *shape = [size.get("as_int") for size in graph["tensor_values"][first]["sizes"]] or [None]
     if not shape or None in shape:
         raise FaithkdError("its images have no fixed shape; export it again with a fixed one, only the batch may vary")
-    return Graph(graph["nodes"], first, last, weights, batch or 2), tuple(shape)
+    return Graph(graph["nodes"], first, last, weights, batch), tuple(shape)
 
 
 def tensor(archive: zipfile.ZipFile, folder: str, name: str, entry: dict) -> Tensor:

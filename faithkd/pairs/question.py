@@ -1,6 +1,5 @@
 """The question "is δ* ≤ d?" for other verifiers: both networks on one input as ONNX, the ball as VNN-LIB."""
 
-import copy
 import warnings
 from decimal import Decimal
 from pathlib import Path
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 
 from faithkd import arguments
 from faithkd.bounds.graph import check_images, outer_ball, prepare_pair
+from faithkd.errors import FaithkdError
+from faithkd.frozen import Logits, frozen, own_settings
 from faithkd.pairs.onnx import compare
 from faithkd.pairs.problems import about
 
@@ -17,16 +18,21 @@ OPSET = 18  # the oldest that torch writes
 
 
 class Product(nn.Module):
-    """Both networks on one input: f_t(x) − f_s(x) `(N, C)`, or all logits, the teacher's first, `(N, 2C)`."""
+    """Both networks on one input: f_t(x) − f_s(x) `(N, C)`, or all logits, the teacher's first, `(N, 2C)`.
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, confidences: bool) -> None:
+    `ends`: which of them end in a softmax; their logits are the logarithms of what they return.
+    """
+
+    def __init__(self, pair: tuple[nn.Module, ...], ends: list[bool], confidences: bool) -> None:
         super().__init__()
-        self.teacher, self.student = (copy.deepcopy(each).cpu().float().eval() for each in (teacher, student))
-        self.confidences = confidences
+        self.pair, self.ends, self.confidences = nn.ModuleList(pair), ends, confidences
 
     def forward(self, x: Tensor) -> Tensor:
-        both = self.teacher(x), self.student(x)
-        return both[0].softmax(1) - both[1].softmax(1) if self.confidences else torch.cat(both, 1)
+        both = [(network(x), end) for network, end in zip(self.pair, self.ends, strict=True)]
+        if not self.confidences:
+            return torch.cat([z.log() if end else z for z, end in both], 1)
+        teacher, student = (z if end else z.softmax(1) for z, end in both)
+        return teacher - student
 
 
 def export_question(
@@ -40,18 +46,32 @@ def export_question(
     own. Both are compared with the networks by onnxruntime in the balls. Raises FaithkdError as the bounds do.
     """
     d, x = arguments.number("d", d), check_images(x).cpu()
-    classes = prepare_pair(teacher, student, x)[0].classes
-    box, folder = outer_ball(x, eps, clip), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    share = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    box, one = outer_ball(x, eps, clip), x[:1].float()
+    if not len(one):
+        raise FaithkdError("x holds no image to ask about")
+    with own_settings(), torch.device("cpu"):
+        classes = prepare_pair(teacher, student, x)[0].classes
+        given = {"teacher": arguments.as_module(teacher), "student": arguments.as_module(student)}
+        pair = frozen(given, torch.float32, one).networks
+        ends = [ends_in_softmax(network, one) for network in pair]
+    with about(folder, "no folder can be made there"):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    share = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype, device="cpu")
     points, paths = (box[0] + share * (box[1] - box[0])).float(), []
     for name, confidences in (("differences", True), ("logits", False)):
         paths.append(folder / f"{name}.onnx")
-        write(Product(teacher, student, confidences), points, paths[-1])
-    for number, ends in enumerate(zip(*box, strict=True)):
+        write(Product(pair, ends, confidences), points, paths[-1])
+    for number, corners in enumerate(zip(*box, strict=True)):
         paths.append(folder / f"image-{number}.vnnlib")
-        paths[-1].write_text(question(*ends, d, classes), encoding="ascii")
+        paths[-1].write_text(question(*corners, d, classes), encoding="ascii")
     return paths
+
+
+def ends_in_softmax(network: nn.Module, x: Tensor) -> bool:
+    seen = Logits(network)
+    seen(x)
+    return seen.softmax == "softmax"
 
 
 def question(lower: Tensor, upper: Tensor, d: float, classes: int) -> str:

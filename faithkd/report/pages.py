@@ -39,7 +39,7 @@ def renew(notebooks: list[Path]) -> None:
 
 def readme(text: str, notebooks: list[Path]) -> str:
     """README.md with its tables of notebooks and of profiles made anew from the notebooks and the committed figures."""
-    blocks = {"verdicts": _verdicts(), "notebooks": _contents(notebooks), "numbers": _expectations()}
+    blocks = {"verdicts": _verdicts(), "notebooks": _contents(notebooks), "numbers": _expectations(notebooks)}
     return _renewed("README.md", text, **blocks)
 
 
@@ -90,19 +90,21 @@ def _contents(notebooks: list[Path]) -> list[str]:
     return _table(["", "notebook", "what it is about"], rows)
 
 
-def _expectations() -> list[str]:
-    """A row for each profile whose figures are committed: data, time it took, FD's bounds in the middle of Table 2."""
+def _expectations(notebooks: list[Path]) -> list[str]:
+    """A row for each profile whose figures are committed: data, time all took, FD's bounds in the middle of Table 2."""
     rows = []
     for profile, table in _committed("table2").items():  # without it, only some notebooks ran
         source = paths.ROOT / "figures" / profile / "provenance.json"
         with paths.reading(source):
             made = json.loads(source.read_text(encoding="utf-8"))
-            minutes, name = sum(made["seconds"].values()) / 60, made["params"]["data"]["name"]
+            seconds, name = made["seconds"], made["params"]["data"]["name"]
+            whole = all(path.stem in seconds for path in notebooks)
+            time = f"{sum(seconds.values()) / 60:.0f} min" if whole else "not run whole yet"
         radii = list(dict.fromkeys(table["eps"]))
         eps = radii[len(radii) // 2]
         mean = table[(table["method"] == "FD") & (table["eps"] == eps)].set_index("bound")["mean"]
         told = f"FD at ε = {eps}: mean EmpLB {mean['EmpLB']:.3f}, mean FaithUB {mean['FaithUB']:.3f}"
-        rows.append([f"`{profile}`", name, f"{minutes:.0f} min", told])
+        rows.append([f"`{profile}`", name, time, told])
     return _table(["profile", "data", "on 2 CPU cores", "what to expect"], rows)
 
 

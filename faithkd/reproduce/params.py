@@ -380,7 +380,7 @@ def _yaml(text: str):
 def _read(path: Path, _written: int) -> dict:
     try:
         raw = _yaml(path.read_text(encoding="utf-8"))
-    except (YAMLError, ValueError, OSError) as error:  # ValueError: not UTF-8, a date that is none, 5000 digits
+    except (YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: not UTF-8, no date, 5000 digits
         where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
         raise ParamsError(f"{_short(path)}{where}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
@@ -400,7 +400,7 @@ def _parse(overrides) -> dict:
         problem = "" if name and equals else " (it has no =)"
         try:
             value = _yaml(text)
-        except (YAMLError, ValueError) as error:
+        except (YAMLError, ValueError, RecursionError) as error:
             problem = f" ({getattr(error, 'problem', None) or error})"
         if problem:
             raise ParamsError(f"override {item!r:.60}: write name=value, for example train.epochs=2{problem}")
