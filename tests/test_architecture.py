@@ -14,7 +14,7 @@ FILES = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in 
 # 5,000 for the tests; never up, but for what is wrong without it (last: networks and settings that people bring).
 HOUSE_LINES = 10_101
 FOLDER_LINES = {"core": 891, "bounds": 4_270, "pairs": 773, "reproduce": 1_988, "report": 1_672}
-TEST_LINES = 8_331
+TEST_LINES = 8_333
 
 LIGHT = {"torch", "numpy", "tqdm"}
 
