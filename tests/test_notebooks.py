@@ -165,7 +165,7 @@ def test_a_profile_of_which_only_some_notebooks_ran_has_no_row(home):
     (figures / "table2.csv").write_text("eps,method,bound,mean\n0.1,FD,EmpLB,0.1\n0.1,FD,FaithUB,0.25\n")
     told = "| `mnist` | mnist | 2 min | FD at ε = 0.1: mean EmpLB 0.100, mean FaithUB 0.250 |"
     assert pages._expectations([ran])[2:] == [told]
-    assert pages._expectations([ran, other])[2:] == [told.replace("2 min", "not run whole yet")]
+    assert pages._expectations([ran, other])[2:] == [told.replace("2 min", "over 2 min")]
 
 
 def test_the_page_of_the_weights_lists_what_lies_there():

@@ -99,7 +99,7 @@ def _expectations(notebooks: list[Path]) -> list[str]:
             made = json.loads(source.read_text(encoding="utf-8"))
             seconds, name = made["seconds"], made["params"]["data"]["name"]
             whole = all(path.stem in seconds for path in notebooks)
-            time = f"{sum(seconds.values()) / 60:.0f} min" if whole else "not run whole yet"
+            time = f"{sum(seconds.values()) / 60:.0f} min" if whole else f"over {sum(seconds.values()) / 60:.0f} min"
         radii = list(dict.fromkeys(table["eps"]))
         eps = radii[len(radii) // 2]
         mean = table[(table["method"] == "FD") & (table["eps"] == eps)].set_index("bound")["mean"]
